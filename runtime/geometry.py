@@ -1,0 +1,181 @@
+"""Frozen descriptions of a model's shapes and of the policy's settings (algorithm.md, section 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import SettingsError
+
+Policy = Literal["swift", "recache", "keep", "cut"]
+Positions = Literal["absolute", "windowed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shapes of a bundle. Frames are latent frames unless a name says video."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    latent_channels: int
+    latent_height: int
+    latent_width: int
+    text_len: int
+    text_dim: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    window: int = 12
+    """W: frames that a cache holds, sink included."""
+    sink: int = 3
+    """S: first frames, which stay in the cache for ever."""
+    chunk: int = 3
+    """c: frames that are denoised together."""
+    max_anchors: int = 4
+    temporal_stride: int = 4
+    spatial_stride: int = 8
+    fps: int = 16
+    """Video frames per second."""
+    steps: int = 4
+    """Denoising steps; `step == steps` is the context pass."""
+
+    def __post_init__(self) -> None:
+        if self.patch[0] != 1:
+            raise SettingsError(f"patch is {self.patch}: only one latent frame per patch is supported, use (1, h, w)")
+        for axis, size, patch in (
+            ("latent_height", self.latent_height, self.patch[1]),
+            ("latent_width", self.latent_width, self.patch[2]),
+        ):
+            if size <= 0 or size % patch:
+                raise SettingsError(f"{axis} is {size}: it must be a positive multiple of the patch, {patch}")
+        if self.sink > self.chunk:
+            raise SettingsError(
+                f"sink is {self.sink} and chunk is {self.chunk}: a sink larger than a chunk would read cache rows "
+                "that the first chunk has not written; lower the sink or raise the chunk"
+            )
+        if min(self.sink, self.max_anchors) < 0 or self.chunk < 1 or self.window < max(self.chunk, self.sink + 1):
+            raise SettingsError(
+                f"window {self.window}, sink {self.sink}, chunk {self.chunk}, max_anchors {self.max_anchors}: "
+                "need chunk >= 1, sink >= 0, max_anchors >= 0 and window >= max(chunk, sink + 1)"
+            )
+
+    @property
+    def dim(self) -> int:
+        """D: width of the backbone."""
+        return self.heads * self.head_dim
+
+    @property
+    def frame_tokens(self) -> int:
+        """P: tokens per latent frame."""
+        return (self.latent_height // self.patch[1]) * (self.latent_width // self.patch[2])
+
+    @property
+    def memory_rows(self) -> int:
+        """Rows before the sink: two of the bridge, then one per anchor."""
+        return 2 + self.max_anchors
+
+    @property
+    def rows(self) -> int:
+        """R: rows of a layer's cache: [2 bridge | max_anchors | sink S*P | ring (W-S)*P]."""
+        return self.memory_rows + self.window * self.frame_tokens
+
+    @property
+    def time_pairs(self) -> int:
+        """Pairs of a head that carry the time position (algorithm.md 2.7)."""
+        half = self.head_dim // 2
+        return half - 2 * (half // 3)
+
+    @property
+    def height(self) -> int:
+        """Video height in pixels."""
+        return self.latent_height * self.spatial_stride
+
+    @property
+    def width(self) -> int:
+        """Video width in pixels."""
+        return self.latent_width * self.spatial_stride
+
+    def video_frames(self, start: int, frames: int) -> int:
+        """Video frames of latent frames [start, start + frames): the very first gives one, any other four."""
+        return frames * self.temporal_stride - (self.temporal_stride - 1 if start == 0 and frames else 0)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeSettings:
+    """Semantic bridge (algorithm.md, sections 5 and 8). `micro` None means one chunk."""
+
+    enabled: bool = True
+    recent: int = 2
+    micro: int | None = None
+    tau_low: float = 0.7
+    tau_high: float = 0.8
+    scale: float = 1.0
+    decay: float = 0.85
+
+    def __post_init__(self) -> None:
+        _check(self.recent >= 1, f"bridge.recent is {self.recent}: use at least 1 frame")
+        _check(self.micro is None or self.micro >= 1, f"bridge.micro is {self.micro}: use at least 1 frame, or None")
+        _check(
+            0 <= self.tau_low <= self.tau_high,
+            f"bridge.tau_low is {self.tau_low} and tau_high is {self.tau_high}: need 0 <= tau_low <= tau_high",
+        )
+        _check(0 < self.scale, f"bridge.scale is {self.scale}: it must be positive")
+        _check(0 <= self.decay <= 1, f"bridge.decay is {self.decay}: it must be in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSettings:
+    """Adaptive dynamic window, in frames (algorithm.md, section 7). None means the published code's default."""
+
+    enabled: bool = True
+    min_size: int | None = 7
+    tau_post: float | None = 18.0
+    tau_pre: float | None = 9.0
+
+    def __post_init__(self) -> None:
+        _check(self.min_size is None or self.min_size >= 1, f"window.min_size is {self.min_size}: use at least 1")
+        for name, value in (("tau_post", self.tau_post), ("tau_pre", self.tau_pre)):
+            _check(value is None or value > 0, f"window.{name} is {value}: it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSettings:
+    """Segment anchors (algorithm.md, section 6). `recent` None means one chunk."""
+
+    enabled: bool = True
+    recent: int | None = 6
+    max: int = 4
+    mix: float = 0.35
+    scale: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use at least 1 frame")
+        _check(self.max >= 0, f"anchors.max is {self.max}: it must not be negative")
+        _check(0 <= self.mix <= 1, f"anchors.mix is {self.mix}: it must be in [0, 1]")
+        _check(self.scale > 0, f"anchors.scale is {self.scale}: it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """Everything that a session may decide about its memory. Defaults are the published configurations'."""
+
+    policy: Policy = "swift"
+    positions: Positions = "windowed"
+    global_sink: bool = True
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    window: WindowSettings = field(default_factory=WindowSettings)
+    anchors: AnchorSettings = field(default_factory=AnchorSettings)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.policy in ("swift", "recache", "keep", "cut"),
+            f"policy is {self.policy!r}: use 'swift', 'recache', 'keep' or 'cut'",
+        )
+        _check(
+            self.positions in ("absolute", "windowed"),
+            f"positions is {self.positions!r}: use 'absolute' or 'windowed'",
+        )
