@@ -1,0 +1,1 @@
+"""Checkpoints to bundles: the models in PyTorch, their ONNX graphs, the tools that compare them (extra `export`)."""
