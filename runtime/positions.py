@@ -22,6 +22,9 @@ def time_tables(start: int, frames: int, pairs: int) -> tuple[NDArray[np.float32
 
 
 def rotation(frames: int, pairs: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """cos and sin, float64 [pairs], that move a rotated key forward by `frames` latent frames: R(a)R(b) = R(a+b)."""
+    """cos and sin, float64 [pairs], that move a rotated key forward by `frames` latent frames.
+
+    Rotations compose: R(a)R(b) = R(a+b).
+    """
     angles = float(frames) * _frequencies(pairs)
     return np.cos(angles), np.sin(angles)

@@ -75,7 +75,7 @@ class BackboneConfig:
         return self.head_dim // 2 - 2 * self.space_pairs
 
     def geometry(self, latent_height: int, latent_width: int, **settings: int) -> Geometry:
-        """Geometry of this backbone at a latent size; `settings` are Geometry's window, sink, chunk and so on."""
+        """Geometry at a latent size; `settings` are Geometry's window, sink, chunk and so on."""
         return Geometry(
             layers=self.num_layers,
             heads=self.num_heads,
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block (algorithm.md, 2.4). The pieces are separate so that attention can be anything."""
+    """One transformer block (algorithm.md, 2.4), in pieces, so that attention can be anything."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -330,14 +330,18 @@ class CausalWanModel(nn.Module):
         e0 = _linear(self.time_projection[1], functional.silu(e))
         return e, e0.unflatten(-1, (6, self.config.dim))
 
-    def embed_text(self, embeds: Tensor) -> Tensor:
-        """embeds [B,T,text_dim], T <= text_len, zero where padded -> context [B,text_len,D]."""
+    def pad_text(self, embeds: Tensor) -> Tensor:
+        """embeds [B,T,text_dim], T <= text_len -> [B,text_len,text_dim], zeros appended."""
         missing = self.config.text_len - embeds.shape[1]
         if missing < 0:
             raise PromptError(
-                f"a prompt of {embeds.shape[1]} tokens: this model takes {self.config.text_len}; use a shorter one"
+                f"a prompt of {embeds.shape[1]} tokens: this model takes {self.config.text_len}; shorten it"
             )
-        context: Tensor = self.text_embedding(functional.pad(embeds.to(self.dtype), (0, 0, 0, missing)))
+        return functional.pad(embeds, (0, 0, 0, missing))
+
+    def embed_text(self, embeds: Tensor) -> Tensor:
+        """embeds [B,T,text_dim], T <= text_len, zero where padded -> context [B,text_len,D]."""
+        context: Tensor = self.text_embedding(self.pad_text(embeds).to(self.dtype))
         return context
 
     def signature(self, embeds: Tensor, context: Tensor | None = None) -> Tensor:
@@ -347,9 +351,8 @@ class CausalWanModel(nn.Module):
         """
         if context is None:
             context = self.embed_text(embeds)
-        used = (embeds != 0).any(-1, keepdim=True).float()  # [B,T,1]
-        rows = context[:, : embeds.shape[1]].float()
-        return (rows * used).sum(1) / used.sum(1).clamp(min=1.0)
+        used = (self.pad_text(embeds) != 0).any(-1, keepdim=True).float()  # [B,text_len,1]
+        return (context.float() * used).sum(1) / used.sum(1).clamp(min=1.0)
 
     def cross_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a prompt for every layer: context [B,text_len,D] -> [L,B,text_len,n,d] each."""
