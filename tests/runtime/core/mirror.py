@@ -1,4 +1,4 @@
-"""A C core beside the oracle: every call goes to both, and rows are followed by doing the copies that commit asks for."""
+"""A C core beside the oracle: every call goes to both, and the copies that commit asks for are followed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Mirror:
         self.ranges = np.full((4, 3), -7, np.int32)
         self.spans = np.full((5, 3, 2), -7, np.int32)
 
-    def forward(self, start: int, frames: int, window: int, force_sink: bool, commit: bool = True) -> list[Key] | None:
+    def forward(
+        self, start: int, frames: int, window: int, force_sink: bool, commit: bool = True
+    ) -> list[Key] | None:
         """Plan (and commit) on both sides. Returns the keys, or None where both refuse."""
         before = self.cache.state()
         try:
@@ -30,20 +32,28 @@ class Mirror:
         except Refused:
             for call in (
                 lambda: self.cache.plan(start, frames, window, force_sink, self.segments),
-                lambda: self.cache.commit(start, frames, force_sink, self.ranges) if window >= 1 else self._refuse(),
+                lambda: (
+                    self.cache.commit(start, frames, force_sink, self.ranges)
+                    if window >= 1
+                    else self._refuse()
+                ),
             ):
                 try:
                     call()
                 except UsageError:
                     continue
-                raise AssertionError(f"the core accepted start {start}, frames {frames}, window {window}") from None
+                raise AssertionError(
+                    f"the core accepted start {start}, frames {frames}, window {window}"
+                ) from None
             assert self.cache.state() == before
             return None
         self._expect(expected, start, frames, window, force_sink)
         assert self.cache.state() == before, "plan changed the cache"
         if commit:
             self._commit(start, frames, force_sink)
-            self._expect(self.oracle.plan(start, frames, window, force_sink), start, frames, window, force_sink)
+            self._expect(
+                self.oracle.plan(start, frames, window, force_sink), start, frames, window, force_sink
+            )
         return expected
 
     @staticmethod
@@ -70,7 +80,7 @@ class Mirror:
         written: set[int] = set()
         for fresh, row, length in self.ranges[:count].tolist():
             assert length > 0 and 2 + self.oracle.max_anchors <= row and row + length <= self.cache.rows
-            assert 0 <= fresh and fresh + length <= frames * self.oracle.P
+            assert fresh >= 0 and fresh + length <= frames * self.oracle.P
             rows = range(row, row + length)
             assert not written & set(rows), "two fresh tokens go to one row"
             written |= set(rows)
@@ -93,6 +103,8 @@ class Mirror:
         cache.check_integrity()
         for bridge_recent, anchor_recent in ((2, 3), (1, oracle.W), (oracle.W + 5, 2)):
             cache.spans(bridge_recent, anchor_recent, self.spans)
-            for span, tokens in zip(self.spans.tolist(), oracle.spans(bridge_recent, anchor_recent), strict=True):
+            for span, tokens in zip(
+                self.spans.tolist(), oracle.spans(bridge_recent, anchor_recent), strict=True
+            ):
                 found = [token for first, length in span for token in self.content[first : first + length]]
                 assert found == tokens

@@ -1,7 +1,7 @@
 """The memory cache as the specification tells it: a plain list of the token that each slot holds.
 
-Written from docs/algorithm.md, sections 3, 5 and 6, without rows and without a ring: tokens move when others are evicted.
-It is what the C core is compared with, and its slow twin in the benchmark.
+Written from docs/algorithm.md, sections 3, 5 and 6, without rows and without a ring: tokens move when others
+are evicted. It is what the C core is compared with, and its slow twin in the benchmark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Refused(Exception):
 
 @dataclass
 class Oracle:
-    """One session's cache. Frames and tokens as in the specification; `slots[i]` is the absolute token in slot i."""
+    """One session's cache, in the specification's letters; `slots[i]` is the absolute token in slot i."""
 
     P: int
     W: int
@@ -34,7 +34,9 @@ class Oracle:
     def L(self) -> int:
         return len(self.slots)
 
-    def forward(self, start: int, frames: int, window: int, force_sink: bool) -> tuple[list[Key], list[int], bool]:
+    def forward(
+        self, start: int, frames: int, window: int, force_sink: bool
+    ) -> tuple[list[Key], list[int], bool]:
         """Run one forward on a copy: its keys, the slots after it, and whether it recomputes known frames."""
         P, cap, sink = self.P, self.W * self.P, self.S * self.P
         st, new = start * P, frames * P

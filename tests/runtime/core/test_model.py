@@ -64,7 +64,9 @@ class CacheLife(RuleBasedStateMachine):
         self.at = gap
         self.mirror.clear(gap)
 
-    @rule(back=st.integers(-3, 20), frames=st.integers(-1, 15), window=st.integers(-1, 15), force=st.booleans())
+    @rule(
+        back=st.integers(-3, 20), frames=st.integers(-1, 15), window=st.integers(-1, 15), force=st.booleans()
+    )
     def odd_forward(self, back: int, frames: int, window: int, force: bool) -> None:
         self.mirror.forward(self.at - back, frames, window, force)
         self.at = self.mirror.oracle.G // self.mirror.oracle.P

@@ -1,4 +1,4 @@
-"""Key counts and pointers of the recorded runs of the authors' code (tests/golden/data), forward by forward."""
+"""Key counts and pointers of the recorded runs (tests/golden/data), forward by forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_recorded_key_counts_and_pointers(path: Path) -> None:
     config = json.loads(str(data["config_json"]))
     model = config["args"]["model_kwargs"]
     P, W, S = config["frame_tokens"], model["local_attn_size"], model["sink_size"]
-    anchors_max = max(int(data["chunk_num_anchors"].max()), config["args"].get("segment_anchor_max_segments", 4))
+    anchors_max = max(
+        int(data["chunk_num_anchors"].max()), config["args"].get("segment_anchor_max_segments", 4)
+    )
     mirror = Mirror(P, W, S, anchors_max)
     cache = mirror.cache
 
@@ -46,9 +48,7 @@ def test_recorded_key_counts_and_pointers(path: Path) -> None:
         assert cache.global_end == data[f"switch{number}_global_end"]
 
     switches = {
-        int(data[f"switch{i}_start_frame"]): i
-        for i in range(100)
-        if f"switch{i}_start_frame" in data
+        int(data[f"switch{i}_start_frame"]): i for i in range(100) if f"switch{i}_start_frame" in data
     }
     checked = 0
     for chunk, start in enumerate(data["chunk_start_frame"].tolist()):

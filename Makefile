@@ -1,0 +1,87 @@
+# Everything that is done often. `make demo` needs no torch; `make test` and `make check` install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard runtime/csrc/*)
+
+.PHONY: help demo test test-wheel check format lint types imports sanitize bench proto clean
+
+help:
+	@echo "make demo        a three-prompt video and its contact sheet in out/ (no GPU, no torch)"
+	@echo "make test        the whole test suite, ARGS='-k cache' to choose"
+	@echo "make test-wheel  the suite against an installed wheel"
+	@echo "make check       format, lint, types, import contracts, the C core under sanitizers"
+	@echo "make format      rewrite the sources as 'make check' wants them"
+	@echo "make bench       benchmarks: table and JSON"
+	@echo "make proto       regenerate the gRPC code from protos/"
+
+# The package and what it needs at run time.
+$(VENV)/.core: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+# What developers and tests need besides. torch comes first and alone, so that the version that is asked for is kept.
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,export]"
+	@touch $@
+
+demo: $(VENV)/.core
+	@mkdir -p out
+	$(BIN)/swiftvideo generate --seed 7 --seconds 12 \
+		--prompt "a red circle moving right on a black background" \
+		--at 4s --prompt "a green square moving up on a black background" \
+		--at 8s --prompt "a yellow cross bouncing on a blue background" \
+		--out out/demo.mp4 --contact-sheet out/demo.png
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# A venv with the wheel and, through a .pth file, the third-party packages of the first one; not its editable install.
+test-wheel: $(VENV)/.dev
+	rm -rf build/wheel build/wheel-venv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/python -m venv build/wheel-venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	SWIFTVIDEO_INSTALLED=build/wheel-venv build/wheel-venv/bin/python -m pytest $(ARGS)
+
+check: lint types imports sanitize
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# mypy needs the import names: build/types/swiftvideo/X is folder X.
+types: $(VENV)/.dev
+	@mkdir -p build/types/swiftvideo
+	@for part in sdk export runtime; do ln -sfn ../../../$$part build/types/swiftvideo/$$part; done
+	$(BIN)/mypy
+	$(BIN)/stubtest swiftvideo.runtime._core --mypy-config-file pyproject.toml
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+sanitize: $(VENV)/.dev
+	tests/runtime/core/sanitize.sh $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	@mkdir -p out
+	$(BIN)/python -m tests.bench.core --json out/bench-core.json
+	$(BIN)/swiftvideo bench --json out/bench.json
+
+proto: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet grpcio-tools
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --pyi_out=protos --grpc_python_out=protos \
+		$(wildcard protos/swiftvideo/v1/*.proto)
+
+clean:
+	rm -rf build out $(VENV)

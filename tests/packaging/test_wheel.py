@@ -1,0 +1,84 @@
+"""What the wheel holds, and that the suite runs on what it claims to."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("sdk", "export", "runtime")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--disable-pip-version-check", "--wheel-dir", str(folder), "--config-settings"]
+    command += [f"build-dir={folder / 'build'}", str(ROOT)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_one_wheel_serves_python_3_11_and_later(wheel: zipfile.ZipFile) -> None:
+    assert wheel.filename is not None
+    assert "-cp311-abi3-" in Path(wheel.filename).name
+    assert "swiftvideo/runtime/_core.abi3.so" in wheel.namelist()
+
+
+def test_every_module_of_the_checkout_is_in_it(wheel: zipfile.ZipFile) -> None:
+    expected = {
+        f"swiftvideo/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")
+    }
+    assert expected and not expected - set(wheel.namelist())
+
+
+def test_the_embedded_model_is_in_it_and_small(wheel: zipfile.ZipFile) -> None:
+    folder = "swiftvideo/runtime/bundles/default/"
+    sizes = {
+        item.filename.removeprefix(folder): item.file_size
+        for item in wheel.infolist()
+        if item.filename.startswith(folder)
+    }
+    graphs = ("text_encoder", "condition", "denoise", "inject", "decode", "decode_first")
+    assert {"manifest.json", "tokenizer.json", *(f"onnx/{graph}.onnx" for graph in graphs)} <= sizes.keys()
+    weights = sum(size for name, size in sizes.items() if name.endswith(".data"))
+    assert 0 < weights <= 12 * 2**20
+
+
+def test_nothing_else_is_in_it(wheel: zipfile.ZipFile) -> None:
+    suffixes = {".py", ".pyi", ".so", ".typed", ".json", ".onnx", ".data"}
+    for name in wheel.namelist():
+        if ".dist-info/" in name:
+            continue
+        assert name.startswith(tuple(f"swiftvideo/{part}/" for part in PARTS)), name
+        assert Path(name).suffix in suffixes or Path(name).name == "py.typed", name
+        assert not {"tests", "csrc", "samples", "__pycache__"} & set(Path(name).parts), name
+    assert "swiftvideo/__init__.py" not in wheel.namelist(), "swiftvideo is a namespace"
+
+
+def test_it_is_typed_licensed_and_has_its_command(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert {f"swiftvideo/{part}/py.typed" for part in PARTS} <= set(names)
+    (information,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "swiftvideo=swiftvideo.sdk.cli:main" in wheel.read(information).decode().replace(" ", "")
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_suite_runs_on_the_installed_wheel_when_asked_to(part: str) -> None:
+    place = os.environ.get("SWIFTVIDEO_INSTALLED")
+    spec = importlib.util.find_spec(f"swiftvideo.{part}")
+    assert spec is not None and spec.origin is not None
+    expected = Path(place).resolve() if place else ROOT
+    assert Path(spec.origin).resolve().is_relative_to(expected)
+    assert not place or ROOT / part not in Path(spec.origin).resolve().parents
