@@ -195,7 +195,7 @@ class Block(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.dim, self.eps = config.dim, config.eps
+        self.eps = config.eps
         self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = Attention(config)
@@ -215,48 +215,45 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q and k after the rotary embedding, v: [B,F*P,n,d] in x's dtype.
 
-        x [B,F*P,D]; m from `modulations`; cos, sin [B,F*P,1,d/2].
+        x [B,F,P,D]; m from `modulations`; cos, sin [B,F*P,1,d/2].
         """
-        y = self._modulated(x, m[0], m[1])
+        y = _modulated(x, m[0], m[1], self.eps).flatten(1, 2)
         attention = self.self_attn
         q = rotate(attention.query(y), cos, sin).to(x.dtype)
         k = rotate(attention.key(y), cos, sin).to(x.dtype)
         return q, k, attention.value(y)
 
     def add_self(self, x: Tensor, o: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        """x plus the gated self-attention o [B,F*P,n,d]."""
-        return self._gated(x, self.self_attn.output(o), m[2])
+        """x [B,F,P,D] plus the gated self-attention o [B,F*P,n,d]."""
+        return _gated(x, self.self_attn.output(o).unflatten(1, (-1, x.shape[2])), m[2])
 
     def cross_query(self, x: Tensor) -> Tensor:
-        """Queries of the cross-attention, [B,F*P,n,d] in x's dtype."""
-        y = functional.layer_norm(
-            x.float(), (self.dim,), self.norm3.weight.float(), self.norm3.bias.float(), self.eps
-        ).to(x.dtype)
-        return self.cross_attn.query(y).to(x.dtype)
+        """Queries of the cross-attention, [B,F*P,n,d] in x's dtype; x [B,F,P,D]."""
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        y = functional.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+        return self.cross_attn.query(y.flatten(1, 2)).to(x.dtype)
 
     def add_cross(self, x: Tensor, o: Tensor) -> Tensor:
-        """x plus the cross-attention o [B,F*P,n,d]; no gate."""
-        return x + self.cross_attn.output(o)
+        """x [B,F,P,D] plus the cross-attention o [B,F*P,n,d]; no gate."""
+        return x + self.cross_attn.output(o).unflatten(1, (-1, x.shape[2]))
 
     def add_ffn(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        """x plus the gated feed-forward network."""
-        return self._gated(x, self.ffn(self._modulated(x, m[3], m[4])), m[5])
+        """x [B,F,P,D] plus the gated feed-forward network."""
+        return _gated(x, self.ffn(_modulated(x, m[3], m[4], self.eps)), m[5])
 
     def cross_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt: context [B,T,D] -> [B,T,n,d] each, in its dtype."""
         return self.cross_attn.key(context).to(context.dtype), self.cross_attn.value(context)
 
-    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        y = _per_frame(functional.layer_norm(x.float(), (self.dim,), eps=self.eps), shift)
-        return (y * (1 + scale) + shift).flatten(1, 2).to(x.dtype)
 
-    def _gated(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return (x.float() + (_per_frame(y.float(), gate) * gate).flatten(1, 2)).to(x.dtype)
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LN(x)(1+scale)+shift in float32, cast back: x [B,F,P,D], shift and scale [B,F,1,D]."""
+    return (functional.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
-def _per_frame(x: Tensor, like: Tensor) -> Tensor:
-    """[B,F*P,D] -> [B,F,P,D], F as in like [B,F,1,D]."""
-    return x.unflatten(1, (like.shape[1], -1))
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y gate in float32, cast back: x, y [B,F,P,D], gate [B,F,1,D]."""
+    return (x.float() + y.float() * gate).to(x.dtype)
 
 
 class Head(nn.Module):
@@ -264,15 +261,14 @@ class Head(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.dim, self.eps = config.dim, config.eps
+        self.eps = config.eps
         self.head = nn.Linear(config.dim, math.prod(config.patch) * config.out_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x [B,F*P,D], e [B,F,D] -> tokens [B,F*P,ph*pw*C]."""
+        """x [B,F,P,D], e [B,F,D] -> tokens [B,F,P,ph*pw*C]."""
         shift, scale = (self.modulation.float() + e.float().unsqueeze(2)).unsqueeze(3).unbind(2)
-        y = _per_frame(functional.layer_norm(x.float(), (self.dim,), eps=self.eps), shift)
-        tokens: Tensor = self.head((y * (1 + scale) + shift).flatten(1, 2).to(x.dtype))
+        tokens: Tensor = self.head(_modulated(x, shift, scale, self.eps))
         return tokens
 
 
@@ -310,12 +306,10 @@ class CausalWanModel(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(x, weight, self.patch_embedding.bias)
 
-    def unpatch(self, tokens: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """Head's tokens [B,F*rows*columns,ph*pw*C] -> [B,F,C,h,w]; in a token the channel is fastest."""
+    def unpatch(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Head's tokens [B,F,rows*columns,ph*pw*C] -> [B,F,C,h,w]; in a token the channel is fastest."""
         _, height, width = self.config.patch
-        x = tokens.unflatten(2, (height, width, self.config.out_channels)).unflatten(
-            1, (frames, rows, columns)
-        )
+        x = tokens.unflatten(3, (height, width, self.config.out_channels)).unflatten(2, (rows, columns))
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
     def sinusoid(self, t: Tensor) -> Tensor:
@@ -405,7 +399,7 @@ class CausalWanModel(nn.Module):
         if space is None:
             space = self.space_rope(rows, columns, latents.device)
         cos, sin = self.rope(time_cos, time_sin, space)
-        x = self.embed_patches(latents)
+        x = self.embed_patches(latents).unflatten(1, (-1, rows * columns))
         keys, values = [], []
         for layer, block in enumerate(self.layers):
             m = block.modulations(e0)
@@ -415,5 +409,5 @@ class CausalWanModel(nn.Module):
             x = block.add_self(x, attend(layer, q, k, v), m)
             x = block.add_cross(x, cross_attend(layer, block.cross_query(x), cross_k[layer], cross_v[layer]))
             x = block.add_ffn(x, m)
-        flow = self.unpatch(self.head(x, e), latents.shape[1], rows, columns)
+        flow = self.unpatch(self.head(x, e), rows, columns)
         return flow, torch.stack(keys), torch.stack(values)
