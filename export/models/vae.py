@@ -1,0 +1,182 @@
+"""The VAE's decoder as a stream: diffusers' AutoencoderKLWan with its causal cache as explicit tensors.
+
+diffusers decodes one latent frame after another and keeps, per causal convolution, the last two input frames
+in a Python list. Here the same modules see any number of frames at once, and the cache goes in and out:
+
+- a causal convolution over time takes the two frames before this call as prefix, zeros before the video;
+- the very first latent frame skips the temporal upsamplers, whose caches then hold zeros. So the frames after
+  it never see it there. That is how Wan was trained; `decode_first` is this case.
+
+Latents are [B,F,C,h,w] as the backbone makes them: normalised per channel. Caches are [B,channels,2,rows,columns].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from swiftvideo.runtime.errors import CheckpointError, UsageError
+
+PREFIX = 2
+"""Frames that a causal convolution of kernel 3 looks back."""
+
+
+class StreamingDecoder(nn.Module):
+    """post_quant_conv and decoder of an AutoencoderKLWan (Wan 2.1 kind), decoding a stream chunk by chunk.
+
+    vae: a `diffusers.AutoencoderKLWan`; its modules are shared, not copied.
+    Raises CheckpointError for the residual or patchified decoders of later versions.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        config = vae.config
+        if getattr(config, "is_residual", False) or getattr(config, "patch_size", None) is not None:
+            raise CheckpointError(
+                f"this VAE has is_residual={config.is_residual} and patch_size={config.patch_size}: "
+                "only the Wan 2.1 decoder is supported (is_residual false, no patch_size); use its VAE"
+            )
+        if len(config.latents_mean) != config.z_dim or len(config.latents_std) != config.z_dim:
+            raise CheckpointError(
+                f"latents_mean has {len(config.latents_mean)} and latents_std {len(config.latents_std)} values, "
+                f"but z_dim is {config.z_dim}: correct the VAE's config.json"
+            )
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder.eval()
+        self.register_buffer("latents_mean", torch.tensor(config.latents_mean, dtype=torch.float32))
+        self.register_buffer("latents_std", torch.tensor(config.latents_std, dtype=torch.float32))
+        self.temporal_stride = 2 ** sum(bool(flag) for flag in config.temperal_downsample)
+        self.spatial_stride = 2 ** (len(config.dim_mult) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights and of the caches."""
+        dtype: torch.dtype = self.post_quant_conv.weight.dtype
+        return dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """C: channels of a latent."""
+        return int(self.decoder.conv_in.in_channels)
+
+    def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The first latent frame [B,1,C,h,w] -> frames uint8 [B,1,H,W,3] and the caches."""
+        x, caches = self.decode_first_float(latents)
+        return to_uint8(x), caches
+
+    def decode(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Any later latents [B,F,C,h,w] -> frames uint8 [B,4F,H,W,3] and the new caches."""
+        x, caches = self.decode_float(latents, caches)
+        return to_uint8(x), caches
+
+    def decode_first_float(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`decode_first` with float frames [B,1,3,H,W], clamped to -1..1."""
+        return _Pass(None).run(self, latents)
+
+    def decode_float(self, latents: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`decode` with float frames [B,4F,3,H,W], clamped to -1..1."""
+        return _Pass(caches).run(self, latents)
+
+    def cache_names(self) -> list[str]:
+        """The module behind each cache, in order."""
+        names = {module: name for name, module in self.decoder.named_modules()}
+        return [names[module] for module in self._cached()]
+
+    def _cached(self) -> list[nn.Module]:
+        found: list[nn.Module] = [self.decoder.conv_in]
+        for resnet in self.decoder.mid_block.resnets:
+            found += [resnet.conv1, resnet.conv2]
+        for up in self.decoder.up_blocks:
+            for resnet in up.resnets:
+                found += [resnet.conv1, resnet.conv2]
+            if up.upsamplers is not None and up.upsamplers[0].mode == "upsample3d":
+                found.append(up.upsamplers[0].time_conv)
+        return [*found, self.decoder.conv_out]
+
+    def cache_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
+        """Shapes of the caches for latents of height x width, in order."""
+        shapes = []
+        for name, module in zip(self.cache_names(), self._cached(), strict=True):
+            scale = 1
+            if name.startswith("up_blocks."):
+                scale = 2 ** int(name.split(".")[1])
+            elif name == "conv_out":
+                scale = self.spatial_stride
+            assert isinstance(module, nn.Conv3d)
+            shapes.append((batch, module.in_channels, PREFIX, height * scale, width * scale))
+        return shapes
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Frames [B,F,3,H,W] in -1..1 -> uint8 [B,F,H,W,3]."""
+    pixels = ((x.float() + 1) / 2).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+
+
+class _Pass:
+    """One walk over the decoder's modules: takes the caches in order, gives the new ones in the same order."""
+
+    def __init__(self, caches: Sequence[Tensor] | None) -> None:
+        self.first = caches is None
+        self.old = list(caches or ())
+        self.new: list[Tensor] = []
+
+    def run(self, model: StreamingDecoder, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """latents [B,F,C,h,w] -> clamped frames [B,frames,3,H,W] in the weights' dtype, new caches."""
+        decoder = model.decoder
+        std, mean = model.latents_std, model.latents_mean
+        assert isinstance(std, Tensor) and isinstance(mean, Tensor)
+        z = latents.float() * std.float()[:, None, None] + mean.float()[:, None, None]
+        x = self.convolve(decoder.conv_in, model.post_quant_conv(z.to(model.dtype).transpose(1, 2)))
+        middle = decoder.mid_block
+        x = self.residual(middle.resnets[0], x)
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+            x = self.residual(resnet, x if attention is None else attention(x))
+        for up in decoder.up_blocks:
+            for resnet in up.resnets:
+                x = self.residual(resnet, x)
+            for upsampler in up.upsamplers or ():
+                x = self.upsample(upsampler, x)
+        x = self.convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
+        if self.old:
+            raise UsageError(f"{len(self.old)} caches too many: pass the list that the last call returned")
+        return x.clamp(-1, 1).transpose(1, 2), self.new
+
+    def convolve(self, conv: Any, x: Tensor) -> Tensor:
+        """A causal convolution of kernel 3 in time over [B,C,F,rows,columns], and its cache."""
+        x = torch.cat((self.take(x), x), dim=2)
+        self.new.append(x[:, :, -PREFIX:])
+        _, height, width = conv.kernel_size
+        return functional.conv3d(x, conv.weight, conv.bias, padding=(0, height // 2, width // 2))
+
+    def take(self, x: Tensor) -> Tensor:
+        """The next cache: zeros before the first frame."""
+        if self.first:
+            return x.new_zeros(x.shape[0], x.shape[1], PREFIX, x.shape[3], x.shape[4])
+        if not self.old:
+            raise UsageError("too few caches: pass the list that the last call returned")
+        return self.old.pop(0)
+
+    def residual(self, block: Any, x: Tensor) -> Tensor:
+        """A WanResidualBlock."""
+        y = self.convolve(block.conv1, block.nonlinearity(block.norm1(x)))
+        y = self.convolve(block.conv2, block.nonlinearity(block.norm2(y)))
+        shortcut: Tensor = block.conv_shortcut(x)
+        return y + shortcut
+
+    def upsample(self, module: Any, x: Tensor) -> Tensor:
+        """A WanResample: twice the frames (not of the first frame), twice the rows and columns."""
+        if module.mode == "upsample3d":
+            if self.first:
+                self.new.append(self.take(x))
+            else:
+                y = self.convolve(module.time_conv, x)  # [B,2C,F,...]: the halves are the even and odd frames
+                x = torch.stack(y.chunk(2, dim=1), dim=3).flatten(2, 3)
+        frames = x.transpose(1, 2)
+        batch = frames.shape[0]
+        scaled: Tensor = module.resample(frames.flatten(0, 1))
+        return scaled.unflatten(0, (batch, -1)).transpose(1, 2)
