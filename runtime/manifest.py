@@ -1,0 +1,331 @@
+"""A bundle's manifest: what is in the folder, verified.
+
+A bundle is a folder with `manifest.json`, `tokenizer.json` and `onnx/*.onnx` with external data beside them. The
+manifest lists every file's SHA-256 and size. `Manifest.read_file` hashes the very bytes that it returns, so what was
+checked is what is loaded, even when the file changes meanwhile.
+
+    manifest = Manifest.load(folder)
+    model = manifest.read_file("onnx/denoise.onnx")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from .errors import (
+    BundleIntegrityError,
+    BundleMissingError,
+    BundleVersionError,
+    OutOfMemoryError,
+    SettingsError,
+)
+from .geometry import Geometry, PolicySettings
+
+SCHEMA = 1
+"""The version of the bundle format that this package writes and reads."""
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+GRAPHS = ("text_encoder", "condition", "denoise", "inject", "decode", "decode_first")
+
+_BLOCK = 1 << 22
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file: lower-case hexadecimal SHA-256 and size in bytes."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise SettingsError(f"sha256 is {self.sha256!r}: 64 lower-case hexadecimal digits are needed")
+        if self.size < 0:
+            raise SettingsError(f"size is {self.size}: it must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleInfo:
+    """The noise schedule that was folded into the graphs (algorithm.md, section 1)."""
+
+    timesteps: tuple[float, ...]
+    """Times of the denoising steps, 0..1000, falling."""
+    sigmas: tuple[float, ...]
+    """Sigma of each of `timesteps`."""
+    context_noise: float = 0.0
+    """Time of the context pass."""
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or len(self.timesteps) != len(self.sigmas):
+            raise SettingsError(
+                f"schedule has {len(self.timesteps)} timesteps and {len(self.sigmas)} sigmas: "
+                "as many of each, and at least one, are needed"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights came from: a kind such as "diffusers" or "random", and the checkpoint's SHA-256."""
+
+    kind: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle holds. `folder` is where it was loaded from or saved to; the file itself does not name it."""
+
+    model: str
+    dtype: Literal["fp32", "fp16", "bf16"]
+    geometry: Geometry
+    policy: PolicySettings
+    schedule: ScheduleInfo
+    source: Source
+    text_encoder: str
+    files: Mapping[str, FileEntry]
+    plans: tuple[Mapping[str, Any], ...] = ()
+    schema: int = SCHEMA
+    folder: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.schedule.timesteps) != self.geometry.steps:
+            raise SettingsError(
+                f"schedule has {len(self.schedule.timesteps)} steps and geometry.steps is {self.geometry.steps}: "
+                "they must agree"
+            )
+        for name in self.files:
+            _check_name(name)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read and check `folder`/manifest.json; the other files are checked when they are read.
+
+        Raises:
+            BundleMissingError: no such folder, or no manifest in it.
+            BundleVersionError: another schema, or keys that this version does not know.
+            BundleIntegrityError: not JSON, keys missing, or values of the wrong type or range.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise BundleMissingError(
+                f"no bundle at {str(folder)!r}: {path.name} is not there; "
+                "make one with `swiftvideo export CHECKPOINT --out BUNDLE`"
+            ) from error
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleIntegrityError(f"{path} is not JSON ({error}); export the bundle again") from error
+        if not isinstance(data, dict):
+            raise BundleIntegrityError(
+                f"{path} holds {type(data).__name__}, not an object; export the bundle again"
+            )
+        schema = data.get("schema")
+        if schema != SCHEMA or isinstance(schema, bool):
+            raise BundleVersionError(
+                f"{path} has schema {schema!r} and this version of swiftvideo reads {SCHEMA}: "
+                "export the bundle again with this version, or install the version that wrote it"
+            )
+        data["folder"] = None
+        try:
+            manifest = _decode(cls, data, str(path))
+        except SettingsError as error:
+            raise BundleIntegrityError(f"{path}: {error}") from error
+        return dataclasses.replace(manifest, folder=folder)
+
+    def save(self, folder: str | Path) -> Manifest:
+        """Write manifest.json into `folder` (made if needed), in one step; return the manifest bound to it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = _encode(self)
+        del data["folder"]
+        text = json.dumps({"schema": data.pop("schema"), **data}, indent=1) + "\n"
+        partial = folder / (MANIFEST_NAME + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / MANIFEST_NAME)
+        return dataclasses.replace(self, folder=folder)
+
+    def has(self, name: str) -> bool:
+        """Whether the bundle lists the file."""
+        return name in self.files
+
+    def read_file(self, name: str) -> memoryview:
+        """Bytes of a listed file, read once, hashed, returned read-only.
+
+        Raises:
+            BundleMissingError: not listed, or not there.
+            BundleIntegrityError: another size or another hash than the manifest's.
+            OutOfMemoryError: no memory for the file.
+        """
+        entry, path = self._locate(name)
+        try:
+            data = bytearray(entry.size)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{path} needs {entry.size} bytes of memory, which are not there"
+            ) from error
+        view = memoryview(data)
+        with _open(path) as file:
+            filled = 0
+            while filled < entry.size:
+                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    break
+                filled += count
+            if filled < entry.size or file.read(1):
+                raise _wrong_size(path, entry)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise _wrong_hash(path, entry)
+        return view.toreadonly()
+
+    def verify_all(self) -> None:
+        """Hash every listed file without keeping it. Raises as `read_file`."""
+        for name in self.files:
+            entry, path = self._locate(name)
+            if measure(path) != entry:
+                raise _wrong_hash(path, entry)
+
+    def _locate(self, name: str) -> tuple[FileEntry, Path]:
+        if self.folder is None:
+            raise BundleMissingError("the manifest belongs to no folder yet: save it or load it first")
+        if name not in self.files:
+            raise BundleMissingError(
+                f"the bundle at {str(self.folder)!r} lists no {name!r}: it has {', '.join(sorted(self.files))}"
+            )
+        path = self.folder / name
+        if not path.is_file():
+            raise BundleMissingError(
+                f"{path} is listed in the manifest and not there: copy the whole bundle again"
+            )
+        entry = self.files[name]
+        if path.stat().st_size != entry.size:
+            raise _wrong_size(path, entry)
+        return entry, path
+
+
+def measure(path: str | Path) -> FileEntry:
+    """SHA-256 and size of a file, read in blocks."""
+    digest, size = hashlib.sha256(), 0
+    with _open(Path(path)) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(digest.hexdigest(), size)
+
+
+def measure_files(folder: str | Path, names: Iterable[str] | None = None) -> dict[str, FileEntry]:
+    """Entries of `names` (posix, relative to `folder`), or of every file below `folder` but the manifest."""
+    folder = Path(folder)
+    if names is None:
+        found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        names = [name for name in found if not name.startswith(MANIFEST_NAME)]
+    return {name: measure(folder / name) for name in sorted(names)}
+
+
+def _open(path: Path) -> typing.BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise BundleMissingError(f"{path} is not there: copy the whole bundle again") from error
+
+
+def _wrong_size(path: Path, entry: FileEntry) -> BundleIntegrityError:
+    return BundleIntegrityError(
+        f"{path} does not have the {entry.size} bytes that the manifest lists: copy the bundle again"
+    )
+
+
+def _wrong_hash(path: Path, entry: FileEntry) -> BundleIntegrityError:
+    return BundleIntegrityError(
+        f"{path} was changed: its SHA-256 is not {entry.sha256[:12]}..., which the manifest lists; "
+        "copy or export the bundle again"
+    )
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if (
+        not name
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+        or str(path) != name
+    ):
+        raise SettingsError(f"file name {name!r}: a plain relative path inside the bundle is needed")
+
+
+def _encode(value: Any) -> Any:
+    """Dataclasses to dictionaries and tuples to lists, all the way down."""
+    if dataclasses.is_dataclass(value):
+        return {item.name: _encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(cls: type[_T], data: Any, where: str) -> _T:
+    """A dataclass from a dictionary with exactly its fields; fields with defaults may be absent."""
+    if not isinstance(data, Mapping):
+        raise BundleIntegrityError(f"{where}: {data!r} where an object is needed")
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - set(fields)):
+        raise BundleVersionError(
+            f"{where}: unknown keys {', '.join(map(repr, unknown))}; the bundle was written by a newer version "
+            "of swiftvideo, install that one"
+        )
+    no_default = dataclasses.MISSING
+    required = {k for k, f in fields.items() if f.default is no_default and f.default_factory is no_default}
+    if missing := sorted(required - set(data)):
+        raise BundleIntegrityError(
+            f"{where}: keys {', '.join(map(repr, missing))} are missing; export it again"
+        )
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], item, f"{where}: {name}") for name, item in data.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` checked against, and turned into, the type `hint`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _decode(typing.cast(type, hint), value, where)
+    if origin in (types.UnionType, typing.Union):
+        rest = [option for option in args if option is not types.NoneType]
+        return None if value is None and len(rest) < len(args) else _value(rest[0], value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(hints) == len(value):
+            return tuple(
+                _value(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, value, strict=True))
+            )
+    elif (
+        origin is not None
+        and isinstance(origin, type)
+        and issubclass(origin, Mapping)
+        and isinstance(value, dict)
+    ):
+        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise BundleIntegrityError(f"{where} is {value!r}, which is no {hint}; export the bundle again")
