@@ -4,8 +4,8 @@
 
 One "chunk" is what a session does: five plans (four denoising steps and the context pass) and one commit.
 Both sides walk the same steady state: window full, bridge and two anchors present, dynamic windows 7 to 12,
-at the size of the golden data (16 tokens a frame) and at 832x480 (1560). The C core works on rows, so its cost
-does not grow with the frame; the oracle keeps a list of tokens. Figures are the best of several rounds, in
+at the size of the golden data (16 tokens a frame) and at 832x480 (1560). The C core works on rows, so its
+cost does not grow with the frame; the oracle keeps a list of tokens. Figures are the best of several rounds, in
 nanoseconds per call.
 """
 
