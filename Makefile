@@ -32,9 +32,9 @@ $(VENV)/.dev: $(VENV)/.core
 demo: $(VENV)/.core
 	@mkdir -p out
 	$(BIN)/swiftvideo generate --seed 7 --seconds 12 \
-		--prompt "a red circle moving right on a black background" \
-		--at 4s --prompt "a green square moving up on a black background" \
-		--at 8s --prompt "a yellow cross bouncing on a blue background" \
+		--prompt "a red circle moving right at night" \
+		--at 4s --prompt "a yellow square moving up in the fog" \
+		--at 8s --prompt "a blue triangle bouncing at dawn" \
 		--out out/demo.mp4 --contact-sheet out/demo.png
 
 test: $(VENV)/.dev
