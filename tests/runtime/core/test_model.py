@@ -71,6 +71,14 @@ class CacheLife(RuleBasedStateMachine):
         self.mirror.forward(self.at - back, frames, window, force)
         self.at = self.mirror.oracle.G // self.mirror.oracle.P
 
+    @precondition(lambda self: 0 < self.mirror.oracle.L == self.mirror.oracle.G - self.mirror.oracle.base)
+    @rule(frames=st.integers(1, 13))
+    def start_over(self, frames: int) -> None:
+        """A forward from the very beginning is never a recache: it rewrites the sink and rewinds the pointers."""
+        begin = self.mirror.oracle.base // self.mirror.oracle.P
+        self.mirror.forward(begin, min(frames, self.at - begin), self.window, False)
+        self.at = self.mirror.oracle.G // self.mirror.oracle.P
+
     @rule()
     def save_and_restore(self) -> None:
         other = type(self.mirror.cache)(
