@@ -7,12 +7,13 @@ in a Python list. Here the same modules see any number of frames at once, and th
 - the very first latent frame skips the temporal upsamplers, whose caches then hold zeros. So the frames after
   it never see it there. That is how Wan was trained; `decode_first` is this case.
 
-Latents are [B,F,C,h,w] as the backbone makes them: normalised per channel. Caches are [B,channels,2,rows,columns].
+Latents are [B,F,C,h,w] as the backbone makes them: normalised per channel. Caches are
+[B,channels,2,rows,columns].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,29 +29,50 @@ PREFIX = 2
 class StreamingDecoder(nn.Module):
     """post_quant_conv and decoder of an AutoencoderKLWan (Wan 2.1 kind), decoding a stream chunk by chunk.
 
-    vae: a `diffusers.AutoencoderKLWan`; its modules are shared, not copied.
+    vae: a `diffusers.AutoencoderKLWan`; its modules are shared, not copied. latents_mean, latents_std: per channel,
+    else those of its config.
     Raises CheckpointError for the residual or patchified decoders of later versions.
     """
 
-    def __init__(self, vae: Any) -> None:
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(
+        self,
+        vae: Any,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         config = vae.config
+        mean = config.latents_mean if latents_mean is None else latents_mean
+        std = config.latents_std if latents_std is None else latents_std
         if getattr(config, "is_residual", False) or getattr(config, "patch_size", None) is not None:
             raise CheckpointError(
                 f"this VAE has is_residual={config.is_residual} and patch_size={config.patch_size}: "
                 "only the Wan 2.1 decoder is supported (is_residual false, no patch_size); use its VAE"
             )
-        if len(config.latents_mean) != config.z_dim or len(config.latents_std) != config.z_dim:
+        if len(mean) != config.z_dim or len(std) != config.z_dim or min(std) <= 0:
             raise CheckpointError(
-                f"latents_mean has {len(config.latents_mean)} and latents_std {len(config.latents_std)} values, "
-                f"but z_dim is {config.z_dim}: correct the VAE's config.json"
+                f"latents_mean has {len(mean)} values and latents_std {len(std)}: the VAE needs {config.z_dim} of "
+                "each, the latter positive; correct its config.json or model.json"
             )
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder.eval()
-        self.register_buffer("latents_mean", torch.tensor(config.latents_mean, dtype=torch.float32))
-        self.register_buffer("latents_std", torch.tensor(config.latents_std, dtype=torch.float32))
+        self._statistics = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+        for name, values in self._statistics.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
         self.temporal_stride = 2 ** sum(bool(flag) for flag in config.temperal_downsample)
         self.spatial_stride = 2 ** (len(config.dim_mult) - 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamingDecoder:
+        super()._apply(fn, recurse)
+        for name, values in self._statistics.items():  # stay float32 when the weights become bfloat16
+            moved = self._buffers[name]
+            self._buffers[name] = torch.tensor(
+                values, dtype=torch.float32, device=moved.device if moved is not None else None
+            )
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,7 +140,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 class _Pass:
-    """One walk over the decoder's modules: takes the caches in order, gives the new ones in the same order."""
+    """One walk over the decoder's modules: takes the caches in order and gives the new ones likewise."""
 
     def __init__(self, caches: Sequence[Tensor] | None) -> None:
         self.first = caches is None
@@ -128,9 +150,8 @@ class _Pass:
     def run(self, model: StreamingDecoder, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """latents [B,F,C,h,w] -> clamped frames [B,frames,3,H,W] in the weights' dtype, new caches."""
         decoder = model.decoder
-        std, mean = model.latents_std, model.latents_mean
-        assert isinstance(std, Tensor) and isinstance(mean, Tensor)
-        z = latents.float() * std.float()[:, None, None] + mean.float()[:, None, None]
+        mean, std = model.latents_mean.float()[:, None, None], model.latents_std.float()[:, None, None]
+        z = latents.float() * std + mean
         x = self.convolve(decoder.conv_in, model.post_quant_conv(z.to(model.dtype).transpose(1, 2)))
         middle = decoder.mid_block
         x = self.residual(middle.resnets[0], x)
