@@ -216,6 +216,14 @@ class Manifest:
         return entry, path
 
 
+def settings_from(data: Any, where: str) -> PolicySettings:
+    """Policy settings from the plain form that manifests have. Raises BundleError naming `where`."""
+    try:
+        return _decode(PolicySettings, data, where)
+    except SettingsError as error:
+        raise BundleIntegrityError(f"{where}: {error}") from error
+
+
 def measure(path: str | Path) -> FileEntry:
     """SHA-256 and size of a file, read in blocks."""
     digest, size = hashlib.sha256(), 0

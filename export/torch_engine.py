@@ -1,0 +1,294 @@
+"""The reference engine: the same session as every other engine runs, in plain PyTorch on a CPU or a GPU.
+
+It computes from the models themselves, without any exported graph, and is written to be read and compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Int64, Prompt
+from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError, SettingsError, UsageError
+from swiftvideo.runtime.geometry import Geometry
+
+from .models.backbone import CausalWanModel
+from .models.schedule import Schedule
+from .models.vae import StreamingDecoder
+from .ops import dynamic_window_attention, semantic_injection
+
+TextEncoder = Callable[[Tensor, Tensor], Tensor]
+"""ids [B,T], mask [B,T] -> embeds [B,T,text_dim], zero where masked."""
+
+
+class TorchEngine:
+    """Engine over the PyTorch models (see `swiftvideo.runtime.engine.Engine`).
+
+    Args:
+        model: the backbone; moved to `device` and put into evaluation mode.
+        geometry: shapes; layers, heads and text sizes must be the model's.
+        schedule: denoising steps, as many as `geometry.steps`, and the context pass.
+        decoder: the VAE, or None: then sessions cannot decode.
+        text_encoder: or None: then only `condition` makes prompts.
+        device: where everything lives.
+
+    Raises:
+        SettingsError: model, geometry and schedule contradict each other.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: CausalWanModel,
+        geometry: Geometry,
+        schedule: Schedule | None = None,
+        decoder: StreamingDecoder | None = None,
+        text_encoder: TextEncoder | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        config = model.config
+        theirs = (config.num_layers, config.num_heads, config.head_dim, config.in_channels, config.patch)
+        ours = (geometry.layers, geometry.heads, geometry.head_dim, geometry.latent_channels, geometry.patch)
+        if theirs != ours:
+            raise SettingsError(
+                f"layers, heads, head_dim, channels, patch are {theirs} in the model and {ours} in the geometry: "
+                "make the geometry with BackboneConfig.geometry()"
+            )
+        schedule = schedule or Schedule()
+        if len(schedule.steps) != geometry.steps:
+            raise SettingsError(
+                f"the schedule has {len(schedule.steps)} steps, geometry.steps is {geometry.steps}: they must agree"
+            )
+        self.geometry = geometry
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+        self.decoder = None if decoder is None else decoder.eval().to(self.device)
+        self.text_encoder = text_encoder
+        self.sigmas = schedule.pass_sigmas.tolist()
+        self.space = model.space_rope(
+            geometry.latent_height // geometry.patch[1],
+            geometry.latent_width // geometry.patch[2],
+            self.device,
+        )
+        with torch.no_grad():
+            times = torch.tensor(schedule.passes, device=self.device)[:, None]
+            embeddings = [model.time_embed(t[None]) for t in times]
+        self.times = [(e[:, 0], e0[:, 0]) for e, e0 in embeddings]
+
+    @torch.no_grad()
+    def encode(self, ids: Int64, mask: Int64, text: str) -> Prompt:
+        """See `Engine.encode`."""
+        if self.text_encoder is None:
+            raise UsageError("this engine was made without a text encoder: give it one, or use condition()")
+        embeds = self.text_encoder(self.tensor(ids), self.tensor(mask))
+        return self.condition(embeds.float().cpu().numpy(), text)
+
+    @torch.no_grad()
+    def condition(self, embeds: Float32, text: str = "") -> Prompt:
+        """See `Engine.condition`."""
+        given = self.tensor(embeds)
+        context = self.model.embed_text(given)
+        signature = self.model.signature(given, context)
+        return Prompt(text, array(signature), self.model.cross_kv(context))
+
+    def open(self, batch: int = 1) -> TorchSession:
+        """See `Engine.open`."""
+        return TorchSession(self, batch)
+
+    def close(self) -> None:
+        """Nothing is held beyond the models, which belong to the caller."""
+
+    def tensor(self, value: NDArray[Any]) -> Tensor:
+        """A numpy array on the engine's device."""
+        return torch.tensor(value, device=self.device)
+
+
+class TorchSession:
+    """Tensors of one session (see `swiftvideo.runtime.engine.EngineSession`)."""
+
+    def __init__(self, engine: TorchEngine, batch: int) -> None:
+        g = engine.geometry
+        self.engine = engine
+        self.batch = batch
+        shape = (g.layers, batch, g.rows, g.heads, g.head_dim)
+        try:
+            self.cache_k = torch.zeros(shape, dtype=engine.model.dtype, device=engine.device)
+            self.cache_v = torch.zeros_like(self.cache_k)
+        except (MemoryError, RuntimeError) as error:
+            raise OutOfMemoryError(
+                f"no memory for two caches of shape {shape} on {engine.device} ({error}): "
+                "use a smaller batch, window or resolution"
+            ) from error
+        self.sink_k: Tensor | None = None  # committed K of the sink while `cache_k` holds placed ones
+        self.vae_caches: list[Tensor] | None = None
+        self.latents: Tensor | None = None
+        self.clean: Tensor | None = None
+        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.closed = False
+
+    def load(self, latents: Float32) -> None:
+        """See `EngineSession.load`."""
+        self.latents = self.engine.tensor(latents)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        step: int,
+        noise: Float32 | None,
+        time_cos: Float32,
+        time_sin: Float32,
+        segments: Int32,
+        prompt: Prompt,
+    ) -> None:
+        """See `EngineSession.denoise`."""
+        engine, x = self.engine, _there(self.latents, self.closed)
+        table = engine.tensor(segments).expand(self.batch, 6, 2)
+        scale = engine.geometry.head_dim**-0.5
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dynamic_window_attention(q, k, v, self.cache_k, self.cache_v, table, layer, scale)
+
+        shape = (self.batch, x.shape[1])
+        e, e0 = engine.times[step]
+        flow, *fresh = engine.model(
+            x,
+            e[:, None].expand(*shape, *e.shape[1:]),
+            e0[:, None].expand(*shape, *e0.shape[1:]),
+            engine.tensor(time_cos).expand(*shape, -1),
+            engine.tensor(time_sin).expand(*shape, -1),
+            *prompt.cross,
+            attend=attend,
+            space=engine.space,
+        )
+        self.fresh = (fresh[0], fresh[1])
+        clean = (x.double() - engine.sigmas[step] * flow.double()).float()
+        self.clean = self.latents = clean
+        if noise is not None:
+            sigma = engine.sigmas[step + 1]
+            self.latents = (1 - sigma) * clean + sigma * engine.tensor(noise)
+
+    def x0(self) -> Float32:
+        """See `EngineSession.x0`."""
+        return array(_there(self.clean, self.closed))
+
+    def commit(self, ranges: Int32) -> None:
+        """See `EngineSession.commit`."""
+        if self.fresh is None:
+            raise UsageError("there is nothing to commit: call denoise() first")
+        first, end = self._sink_rows()
+        for start, row, length in ranges.tolist():
+            for cache, fresh in zip((self.cache_k, self.cache_v), self.fresh, strict=True):
+                cache[:, :, row : row + length] = fresh[:, :, start : start + length]
+            if first <= row < end:
+                self.sink_k = None
+
+    @torch.no_grad()
+    def inject(
+        self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float
+    ) -> tuple[Float32, Float32]:
+        """See `EngineSession.inject`."""
+        tensor = self.engine.tensor
+        bridge, anchor = semantic_injection(
+            self.cache_v,
+            tensor(spans).expand(self.batch, 5, 3, 2),
+            tensor(old),
+            tensor(new),
+            tensor(rho),
+            torch.full((self.batch,), mix, device=self.engine.device),
+        )
+        return array(bridge), array(anchor)
+
+    def write_memory(self, row: int, tokens: Float32) -> None:
+        """See `EngineSession.write_memory`."""
+        value = self.engine.tensor(tokens).to(self.cache_k.dtype)
+        self.cache_k[:, :, row : row + value.shape[2]] = value
+        self.cache_v[:, :, row : row + value.shape[2]] = value
+
+    def place_sink(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_sink`."""
+        first, end = self._sink_rows()
+        if self.sink_k is None:
+            self.sink_k = self.cache_k[:, :, first:end].clone()
+        self.cache_k[:, :, first:end] = self._rotated(self.sink_k, cos, sin)
+
+    def place_memory(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_memory`."""
+        rows = self.engine.geometry.memory_rows
+        self.cache_k[:, :, :rows] = self._rotated(self.cache_v[:, :, :rows], cos, sin)
+
+    @torch.no_grad()
+    def decode(self, latents: Float32) -> Frames:
+        """See `EngineSession.decode`."""
+        decoder = self.engine.decoder
+        if decoder is None:
+            raise UsageError("this engine was made without a decoder: give it one to get frames")
+        x, frames = self.engine.tensor(latents), []
+        if self.vae_caches is None:
+            first, self.vae_caches = decoder.decode_first(x[:, :1])
+            frames.append(first)
+            x = x[:, 1:]
+        if x.shape[1]:
+            later, self.vae_caches = decoder.decode(x, self.vae_caches)
+            frames.append(later)
+        video: Frames = torch.cat(frames, 1).cpu().numpy()
+        return video
+
+    def export_state(self) -> dict[str, NDArray[Any]]:
+        """See `EngineSession.export_state`; floats go out as float32, which holds every weight dtype exactly."""
+        state = {"cache_k": array(self.cache_k), "cache_v": array(self.cache_v)}
+        if self.sink_k is not None:
+            state["sink_k"] = array(self.sink_k)
+        for index, cache in enumerate(self.vae_caches or ()):
+            state[f"vae_cache_{index}"] = array(cache)
+        return state
+
+    def import_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """See `EngineSession.import_state`."""
+        if "cache_k" not in state or state["cache_k"].shape != tuple(self.cache_k.shape):
+            raise UsageError(
+                f"this state does not fit a cache of shape {tuple(self.cache_k.shape)}: restore it with the same model"
+            )
+        dtype, tensor = self.cache_k.dtype, self.engine.tensor
+        self.cache_k, self.cache_v = tensor(state["cache_k"]).to(dtype), tensor(state["cache_v"]).to(dtype)
+        self.sink_k = tensor(state["sink_k"]).to(dtype) if "sink_k" in state else None
+        count = sum(name.startswith("vae_cache_") for name in state)
+        vae_dtype = self.engine.decoder.dtype if self.engine.decoder else dtype
+        caches = [tensor(state[f"vae_cache_{index}"]).to(vae_dtype) for index in range(count)]
+        self.vae_caches = caches or None
+
+    def close(self) -> None:
+        """See `EngineSession.close`."""
+        self.closed = True
+        self.cache_k = self.cache_v = torch.empty(0)
+        self.sink_k = self.vae_caches = self.latents = self.clean = self.fresh = None
+
+    def _sink_rows(self) -> tuple[int, int]:
+        g = self.engine.geometry
+        return g.memory_rows, g.memory_rows + g.sink * g.frame_tokens
+
+    def _rotated(self, keys: Tensor, cos: Float64, sin: Float64) -> Tensor:
+        """Keys [...,d] with their time pairs, which come first, rotated in float64."""
+        c, s, width = self.engine.tensor(cos), self.engine.tensor(sin), 2 * len(cos)
+        even, odd = keys[..., 0:width:2].double(), keys[..., 1:width:2].double()
+        turned = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+        return torch.cat((turned.to(keys.dtype), keys[..., width:]), -1)
+
+
+def array(value: Tensor) -> Float32:
+    """A tensor as a float32 array of its own."""
+    copied: Float32 = value.detach().float().cpu().clone().numpy()
+    return copied
+
+
+def _there(value: Tensor | None, closed: bool) -> Tensor:
+    if closed:
+        raise ClosedError("this session was closed: open a new one")
+    if value is None:
+        raise UsageError("no latents are loaded: call load() first")
+    return value

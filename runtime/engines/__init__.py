@@ -1,0 +1,1 @@
+"""Engines, each in a module that imports its library only when it is asked for."""

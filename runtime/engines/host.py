@@ -1,0 +1,112 @@
+"""A session's cache rows as numpy arrays, for engines that compute on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ..engine import Float32, Float64, Int32
+from ..errors import OutOfMemoryError, UsageError
+from ..geometry import Geometry
+
+Array = NDArray[Any]
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine can still give without swapping; None where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, what: str) -> Array:
+    """An array of zeros, or OutOfMemoryError before the machine starts to swap."""
+    size = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize
+    free = available_memory()
+    try:
+        if free is not None and size > free:
+            raise MemoryError
+        return np.zeros(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        raise OutOfMemoryError(
+            f"{what} needs {size / 2**20:.0f} MiB and {'too few' if free is None else f'{free / 2**20:.0f} MiB'} "
+            "are free: close other sessions, or use a smaller model or resolution"
+        ) from error
+
+
+class HostCache:
+    """K and V of all layers, [L,B,R,n,d] each, with rows as `Geometry.rows` has them."""
+
+    def __init__(self, geometry: Geometry, batch: int, dtype: DTypeLike) -> None:
+        shape = (geometry.layers, batch, geometry.rows, geometry.heads, geometry.head_dim)
+        self.k = zeros((2, *shape), dtype, f"the cache of a session with batch {batch}")
+        self.k, self.v = self.k[0], self.k[1]
+        self._memory = geometry.memory_rows
+        self._sink = slice(self._memory, self._memory + geometry.sink * geometry.frame_tokens)
+        self._sink_k: Array | None = None
+        """Committed K of the sink, while `k` holds placed ones."""
+
+    def commit(self, ranges: Int32, fresh_k: Array, fresh_v: Array) -> None:
+        """Copy rows: ranges [n,3] of (fresh start, row start, length); fresh [L,B,F*P,n,d]."""
+        for start, row, length in ranges.tolist():
+            self.k[:, :, row : row + length] = fresh_k[:, :, start : start + length]
+            self.v[:, :, row : row + length] = fresh_v[:, :, start : start + length]
+            if self._sink.start <= row < self._sink.stop:
+                self._sink_k = None
+
+    def write_memory(self, row: int, tokens: Float32) -> None:
+        """See `EngineSession.write_memory`."""
+        rows = slice(row, row + tokens.shape[2])
+        self.k[:, :, rows] = tokens
+        self.v[:, :, rows] = tokens
+
+    def place_sink(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_sink`."""
+        if self._sink_k is None:
+            self._sink_k = self.k[:, :, self._sink].copy()
+        self.k[:, :, self._sink] = self._sink_k
+        _rotate(self._sink_k, self.k[:, :, self._sink], cos, sin)
+
+    def place_memory(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_memory`."""
+        _rotate(self.v[:, :, : self._memory], self.k[:, :, : self._memory], cos, sin)
+
+    def export_state(self) -> dict[str, Array]:
+        """Copies of all arrays."""
+        state = {"cache_k": self.k.copy(), "cache_v": self.v.copy()}
+        if self._sink_k is not None:
+            state["sink_k"] = self._sink_k.copy()
+        return state
+
+    def import_state(self, state: dict[str, Array]) -> None:
+        """Take an `export_state` of the same shape and dtype; nothing changes on error."""
+        sink = state.get("sink_k")
+        wanted = {"cache_k": self.k, "cache_v": self.v}
+        if sink is not None:
+            wanted["sink_k"] = self.k[:, :, self._sink]
+        for name, like in wanted.items():
+            value = state.get(name)
+            if value is None or value.shape != like.shape or value.dtype != like.dtype:
+                seen = "missing" if value is None else f"{value.dtype} {value.shape}"
+                raise UsageError(
+                    f"{name} of the saved state is {seen}, this session has {like.dtype} {like.shape}: "
+                    "restore it with the bundle that it was saved from"
+                )
+        self.k[...], self.v[...] = state["cache_k"], state["cache_v"]
+        self._sink_k = None if sink is None else sink.copy()
+
+
+def _rotate(source: Array, target: Array, cos: Float64, sin: Float64) -> None:
+    """target's time pairs, the first of each head = source's, rotated in float64: [..., d]."""
+    width = 2 * len(cos)
+    even = source[..., 0:width:2].astype(np.float64)
+    odd = source[..., 1:width:2].astype(np.float64)
+    target[..., 0:width:2] = even * cos - odd * sin
+    target[..., 1:width:2] = even * sin + odd * cos

@@ -1,0 +1,129 @@
+"""A loaded bundle: shared weights, and any number of sessions on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+from .engine import Engine, Prompt
+from .errors import BundleMissingError, ClosedError, EngineUnavailableError, SettingsError
+from .geometry import Geometry, Policy, PolicySettings
+from .manifest import TOKENIZER_NAME, Manifest, settings_from
+from .session import Session
+from .tokenizer import PromptTokenizer
+
+EMBEDDED = Path(__file__).parent / "bundles" / "default"
+"""The model that the package carries."""
+
+
+def load(path: str | Path | None = None, engine: str = "auto", threads: int | None = None) -> Pipeline:
+    """Open a bundle, checking the hash of every file that is used.
+
+    path: of a bundle's folder; None: the embedded model. engine: "auto" or "onnxruntime". threads: of the CPU
+    engine; None: one for every core that this process may use.
+
+    Raises:
+        BundleError: the bundle is missing, of another version, or was changed.
+        EngineUnavailableError: the engine cannot run here.
+        SettingsError: no such engine.
+    """
+    manifest = Manifest.load(EMBEDDED if path is None else path)
+    if engine == "tensorrt":
+        raise EngineUnavailableError(
+            "the TensorRT engine is not part of this version: use engine='onnxruntime'"
+        )
+    if engine not in ("auto", "onnxruntime"):
+        raise SettingsError(f"engine is {engine!r}: use 'auto' or 'onnxruntime'")
+    from .engines.onnxruntime import OnnxRuntimeEngine
+
+    return Pipeline(OnnxRuntimeEngine(manifest, threads), manifest)
+
+
+class Pipeline:
+    """An engine with a bundle's tokenizer and settings. Sessions may run in different threads."""
+
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self.engine = engine
+        self.manifest = manifest
+        self._closed = False
+        if not manifest.has(TOKENIZER_NAME):
+            raise BundleMissingError(f"the bundle lists no {TOKENIZER_NAME}: export it again")
+        self._tokenizer = PromptTokenizer(manifest.read_file(TOKENIZER_NAME), manifest.geometry.text_len)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shapes of the model."""
+        return self.manifest.geometry
+
+    @property
+    def settings(self) -> PolicySettings:
+        """The bundle's settings, which sessions use unless told otherwise."""
+        return self.manifest.policy
+
+    @property
+    def words(self) -> list[str]:
+        """The tokenizer's vocabulary."""
+        return self._tokenizer.words
+
+    def encode(self, text: str) -> Prompt:
+        """Encode a prompt, for use in any session of this pipeline. Raises PromptError."""
+        self._check_open()
+        ids, mask = self._tokenizer.encode(text)
+        return self.engine.encode(ids, mask, text)
+
+    def session(
+        self, prompt: str | Prompt, seed: int = 0, policy: PolicySettings | str | None = None
+    ) -> Session:
+        """Start a video.
+
+        seed: 0 to 2^64 - 1; the same seed, prompts and bundle give the same video. policy: settings; or the name of
+        a policy, the rest being the bundle's settings; None: the bundle's.
+
+        Raises:
+            PromptError: the prompt is empty, too long, or has unknown words.
+            SettingsError: the settings do not fit the model, or the seed is out of range.
+            OutOfMemoryError: no memory for another session.
+            ClosedError: the pipeline was closed.
+        """
+        self._check_open()
+        if policy is None:
+            policy = self.settings
+        elif isinstance(policy, str):
+            policy = dataclasses.replace(self.settings, policy=cast(Policy, policy))
+        return Session(self.engine, self.encode, policy, prompt, seed)
+
+    def restore(self, path: str | Path) -> Session:
+        """Continue a session that `Session.save` wrote, on the same bundle.
+
+        Raises UsageError where the file is none or does not fit.
+        """
+        from .snapshot import read
+
+        self._check_open()
+        plain, arrays = read(path)
+        session = self.session(plain["prompt"], plain["seed"], settings_from(plain["settings"], str(path)))
+        try:
+            session.load_state(plain, arrays)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
+        self._closed = True
+        self.engine.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this pipeline was closed: load the bundle again")
