@@ -16,58 +16,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Engine as Engine
-    from .engine import EngineSession as EngineSession
-    from .engine import Prompt as Prompt
+    from .engine import Engine as Engine, EngineSession as EngineSession, Prompt as Prompt
     from .errors import (
         BundleError as BundleError,
-    )
-    from .errors import (
         BundleIntegrityError as BundleIntegrityError,
-    )
-    from .errors import (
         BundleMissingError as BundleMissingError,
-    )
-    from .errors import (
         BundleVersionError as BundleVersionError,
-    )
-    from .errors import (
         ClosedError as ClosedError,
-    )
-    from .errors import (
         EngineError as EngineError,
-    )
-    from .errors import (
         EngineUnavailableError as EngineUnavailableError,
-    )
-    from .errors import (
         IntegrityError as IntegrityError,
-    )
-    from .errors import (
         OutOfMemoryError as OutOfMemoryError,
-    )
-    from .errors import (
         PromptError as PromptError,
-    )
-    from .errors import (
         SettingsError as SettingsError,
-    )
-    from .errors import (
         SwiftVideoError as SwiftVideoError,
-    )
-    from .errors import (
         UsageError as UsageError,
     )
-    from .geometry import AnchorSettings as AnchorSettings
-    from .geometry import BridgeSettings as BridgeSettings
-    from .geometry import Geometry as Geometry
-    from .geometry import PolicySettings as PolicySettings
-    from .geometry import WindowSettings as WindowSettings
+    from .geometry import (
+        AnchorSettings as AnchorSettings,
+        BridgeSettings as BridgeSettings,
+        Geometry as Geometry,
+        PolicySettings as PolicySettings,
+        WindowSettings as WindowSettings,
+    )
     from .manifest import Manifest as Manifest
-    from .pipeline import Pipeline as Pipeline
-    from .pipeline import load as load
-    from .session import Chunk as Chunk
-    from .session import Session as Session
+    from .pipeline import Pipeline as Pipeline, load as load
+    from .session import Chunk as Chunk, Session as Session
 
 _HOMES = {
     "engine": ("Engine", "EngineSession", "Prompt"),

@@ -40,7 +40,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.patch[0] != 1:
-            raise SettingsError(f"patch is {self.patch}: only one latent frame per patch is supported, use (1, h, w)")
+            raise SettingsError(
+                f"patch is {self.patch}: only one latent frame per patch is supported, use (1, h, w)"
+            )
         for axis, size, patch in (
             ("latent_height", self.latent_height, self.patch[1]),
             ("latent_width", self.latent_width, self.patch[2]),
@@ -49,12 +51,16 @@ class Geometry:
                 raise SettingsError(f"{axis} is {size}: it must be a positive multiple of the patch, {patch}")
         if self.sink > self.chunk:
             raise SettingsError(
-                f"sink is {self.sink} and chunk is {self.chunk}: a sink larger than a chunk would read cache rows "
-                "that the first chunk has not written; lower the sink or raise the chunk"
+                f"sink is {self.sink} and chunk is {self.chunk}: a sink larger than a chunk would read "
+                "cache rows that the first chunk has not written; lower the sink or raise the chunk"
             )
-        if min(self.sink, self.max_anchors) < 0 or self.chunk < 1 or self.window < max(self.chunk, self.sink + 1):
+        if (
+            min(self.sink, self.max_anchors) < 0
+            or self.chunk < 1
+            or self.window < max(self.chunk, self.sink + 1)
+        ):
             raise SettingsError(
-                f"window {self.window}, sink {self.sink}, chunk {self.chunk}, max_anchors {self.max_anchors}: "
+                f"window {self.window}, sink {self.sink}, chunk {self.chunk} and max_anchors {self.max_anchors}: "
                 "need chunk >= 1, sink >= 0, max_anchors >= 0 and window >= max(chunk, sink + 1)"
             )
 
@@ -118,18 +124,21 @@ class BridgeSettings:
 
     def __post_init__(self) -> None:
         _check(self.recent >= 1, f"bridge.recent is {self.recent}: use at least 1 frame")
-        _check(self.micro is None or self.micro >= 1, f"bridge.micro is {self.micro}: use at least 1 frame, or None")
+        _check(
+            self.micro is None or self.micro >= 1,
+            f"bridge.micro is {self.micro}: use 1 or more, or None",
+        )
         _check(
             0 <= self.tau_low <= self.tau_high,
-            f"bridge.tau_low is {self.tau_low} and tau_high is {self.tau_high}: need 0 <= tau_low <= tau_high",
+            f"bridge.tau_low {self.tau_low}, tau_high {self.tau_high}: need 0 <= tau_low <= tau_high",
         )
-        _check(0 < self.scale, f"bridge.scale is {self.scale}: it must be positive")
+        _check(self.scale > 0, f"bridge.scale is {self.scale}: it must be positive")
         _check(0 <= self.decay <= 1, f"bridge.decay is {self.decay}: it must be in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSettings:
-    """Adaptive dynamic window, in frames (algorithm.md, section 7). None means the published code's default."""
+    """Adaptive dynamic window, in frames (algorithm.md, 7). None means the published code's default."""
 
     enabled: bool = True
     min_size: int | None = 7
@@ -137,7 +146,9 @@ class WindowSettings:
     tau_pre: float | None = 9.0
 
     def __post_init__(self) -> None:
-        _check(self.min_size is None or self.min_size >= 1, f"window.min_size is {self.min_size}: use at least 1")
+        _check(
+            self.min_size is None or self.min_size >= 1, f"window.min_size is {self.min_size}: use 1 or more"
+        )
         for name, value in (("tau_post", self.tau_post), ("tau_pre", self.tau_pre)):
             _check(value is None or value > 0, f"window.{name} is {value}: it must be positive")
 
@@ -153,7 +164,7 @@ class AnchorSettings:
     scale: float = 0.8
 
     def __post_init__(self) -> None:
-        _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use at least 1 frame")
+        _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use 1 or more")
         _check(self.max >= 0, f"anchors.max is {self.max}: it must not be negative")
         _check(0 <= self.mix <= 1, f"anchors.mix is {self.mix}: it must be in [0, 1]")
         _check(self.scale > 0, f"anchors.scale is {self.scale}: it must be positive")

@@ -132,7 +132,7 @@ class Memory:
         self._place(start + frames - 1)
         self._time = time_tables(start, frames, self.geometry.time_pairs)
         self._call = (start, frames, force_sink)
-        self._keys = self.cache.plan(start, frames, window, force_sink, memoryview(self._segments))
+        self._keys = self.cache.plan(start, frames, window, force_sink, self._segments.data)
         return self._keys
 
     def forward(self, step: int, noise: Float32 | None, prompt: Prompt) -> None:
@@ -145,7 +145,7 @@ class Memory:
     def commit(self) -> None:
         """Keep K and V of the last forward."""
         start, frames, force_sink = self._call
-        count = self.cache.commit(start, frames, force_sink, memoryview(self._ranges))
+        count = self.cache.commit(start, frames, force_sink, self._ranges.data)
         ranges = self._ranges[:count]
         self._engine.commit(ranges)
         for fresh, row, _ in ranges.tolist():
@@ -210,7 +210,7 @@ class Memory:
             return None, None
         anchors, chunk = self.settings.anchors, self.geometry.chunk
         recent = chunk if anchors.recent is None else anchors.recent
-        self.cache.spans(self.settings.bridge.recent, recent, memoryview(self._spans))
+        self.cache.spans(self.settings.bridge.recent, recent, self._spans.data)
         with self.clock.stage("inject"):
             made = self._engine.inject(self._spans, old.signature, new.signature, rho, anchors.mix)
         return made[0] if bridge else None, made[1] if self._anchors else None

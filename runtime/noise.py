@@ -1,8 +1,8 @@
 """Noise that can be recomputed: any chunk and step of any seed, without the ones before.
 
 A counter-based generator (Philox4x64-10, as numpy has it) is keyed by (seed, batch item) and its 256-bit counter
-starts at (0, 0, step, chunk), lowest word first. Draws of one chunk and step count up in the lowest two words, so no two
-ever overlap.
+starts at (0, 0, step, chunk), lowest word first. Draws of one chunk and step count up in the lowest two words, so no
+two ever overlap.
 """
 
 from __future__ import annotations

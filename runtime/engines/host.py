@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..engine import Float32, Float64, Int32
-from ..errors import OutOfMemoryError, UsageError
-from ..geometry import Geometry
+from swiftvideo.runtime.engine import Float32, Float64, Int32
+from swiftvideo.runtime.errors import OutOfMemoryError, UsageError
+from swiftvideo.runtime.geometry import Geometry
 
 Array = NDArray[Any]
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..engine import Float32, Float64, Frames, Int32, Int64, Prompt
-from ..errors import (
+from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Int64, Prompt
+from swiftvideo.runtime.errors import (
     BundleError,
     ClosedError,
     EngineError,
@@ -23,8 +23,9 @@ from ..errors import (
     OutOfMemoryError,
     UsageError,
 )
-from ..geometry import Geometry
-from ..manifest import GRAPHS, Manifest
+from swiftvideo.runtime.geometry import Geometry
+from swiftvideo.runtime.manifest import GRAPHS, Manifest
+
 from .host import HostCache
 
 Array = NDArray[Any]
