@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -94,7 +96,11 @@ class CacheLife(RuleBasedStateMachine):
             self.mirror.check()
 
 
+# The sanitizers make it several times slower.
 CacheLife.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30 if "SWIFTVIDEO_CORE" in os.environ else 80,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestCacheLife = CacheLife.TestCase
