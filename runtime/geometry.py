@@ -150,7 +150,7 @@ class WindowSettings:
             self.min_size is None or self.min_size >= 1, f"window.min_size is {self.min_size}: use 1 or more"
         )
         for name, value in (("tau_post", self.tau_post), ("tau_pre", self.tau_pre)):
-            _check(value is None or value > 0, f"window.{name} is {value}: it must be positive")
+            _check(value is None or value >= 0, f"window.{name} is {value}: it must not be negative")
 
 
 @dataclass(frozen=True, slots=True)

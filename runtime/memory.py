@@ -41,10 +41,17 @@ def window_frames(
     lowest = max(geometry.sink + 1, min(smallest, whole))
     tau_post = float(whole) if settings.tau_post is None else settings.tau_post
     tau_pre = 2.0 * geometry.chunk if settings.tau_pre is None else settings.tau_pre
-    weight = math.exp(-max(0, current - segment) / tau_post)
+    weight = _fading(current - segment, tau_post)
     if upcoming is not None:
-        weight = max(weight, math.exp(-max(0, upcoming - current) / tau_pre))
+        weight = max(weight, _fading(upcoming - current, tau_pre))
     return max(lowest, min(whole, round(lowest + (whole - lowest) * weight)))
+
+
+def _fading(frames: int, tau: float) -> float:
+    """exp(-frames / tau), at most 1; tau 0 fades at once."""
+    if frames <= 0:
+        return 1.0
+    return math.exp(-frames / tau) if tau else 0.0
 
 
 def switch_strength(old: Float32, new: Float32) -> Float32:

@@ -80,6 +80,8 @@ def replay(scenario: Scenario, engine: Engine, with_caches: bool = False) -> Tra
             return
         memory = rollout.memory
         cache = memory.cache
+        if due and with_caches:
+            trace.caches |= slots(rollout, f"switch{len(trace.switches)}_cache_{{}}_after")
         before.append(
             ChunkTrace(
                 start_frame=forward.start,
@@ -103,15 +105,15 @@ def replay(scenario: Scenario, engine: Engine, with_caches: bool = False) -> Tra
         )
 
     prompts = [engine.condition(scenario.embeds(s)) for s in range(len(data["prompt_ids"]))]
+    due = False
     rollout = Rollout(engine, scenario.settings, prompts[0], scenario, scenario.batch, observe)
     for prompt, frame in zip(prompts[1:], scenario.switch_frames, strict=True):
         rollout.ask(prompt, frame)
     while rollout.frame < frames:
         old, made = rollout.prompt, len(trace.forwards)
         due = bool(rollout.pending) and rollout.pending[0].frame <= rollout.frame
-        name = f"switch{len(trace.switches)}_cache"
         if due and with_caches:
-            trace.caches |= slots(rollout, f"{name}_{{}}_before")
+            trace.caches |= slots(rollout, f"switch{len(trace.switches)}_cache_{{}}_before")
         step = rollout.advance()
         trace.latents = np.concatenate((trace.latents, step.latents), 1)
         chunk, memory = before[-1], rollout.memory
