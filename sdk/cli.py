@@ -1,0 +1,231 @@
+"""The command `swiftvideo`. Errors of swiftvideo are one line on stderr; exit code 2 for wrong usage, 1 otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from swiftvideo.runtime.errors import SwiftVideoError, UsageError
+
+app = typer.Typer(
+    name="swiftvideo",
+    help="Endless text-to-video whose prompt can change while it plays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Bundle = Annotated[
+    Path | None, typer.Option("--bundle", help="A bundle's folder; the embedded model if absent.")
+]
+EngineName = Annotated[str, typer.Option("--engine", help="auto or onnxruntime; see 'swiftvideo doctor'.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Of the CPU engine; all cores if absent.")
+]
+PolicyName = Annotated[
+    str | None, typer.Option("--policy", help="swift, recache, keep or cut; the bundle's if absent.")
+]
+
+
+def version() -> str:
+    """Version of the installed package."""
+    from importlib.metadata import PackageNotFoundError, version as installed
+
+    try:
+        return installed("swiftvideo")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"swiftvideo {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option("--out", help="The MP4 file to write.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to show; repeat it.")] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", help="When the next prompt starts: 4s, 1m30s, 500ms; repeat it."),
+    ] = None,
+    story: Annotated[
+        Path | None,
+        typer.Option("--story", help="A YAML file instead of --prompt and --at (docs/cli.md)."),
+    ] = None,
+    seconds: Annotated[
+        str | None, typer.Option("--seconds", help="Length; 4 s after the last prompt if absent.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise; 0 if absent.")] = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option("--contact-sheet", help="A PNG file with a row of frames per prompt.")
+    ] = None,
+    policy: PolicyName = None,
+    bundle: Bundle = None,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+) -> None:
+    """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
+    from . import generate as work
+    from .story import override, read_story, story_from_options
+    from .video import check_output
+
+    progress = _Progress(enabled=not as_json)
+    try:
+        if story is not None and (prompt or at):
+            raise UsageError("--story with --prompt or --at: use either the file or the options")
+        if story is None and not prompt:
+            raise UsageError("nothing to show: give --prompt or --story")
+        if story is not None:
+            told = override(read_story(story), seconds, seed, policy)
+        else:
+            told = story_from_options(prompt or [], at or [], seconds, seed or 0, policy)
+        check_output(out, (".mp4",))
+        if contact_sheet is not None:
+            check_output(contact_sheet, (".png",))
+        from swiftvideo.runtime import load
+
+        with load(bundle, engine, threads) as pipeline, progress:
+            report = work.generate(pipeline, told, out, contact_sheet, progress.update)
+    except SwiftVideoError as error:
+        if as_json:
+            typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+        if progress.report is not None and progress.report.frames:
+            kept = progress.report
+            typer.echo(f"{kept.frames} frames made before the error are kept in {kept.video}", err=True)
+        raise
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        _say(report)
+    if report.interrupted:
+        raise typer.Exit(128 + report.interrupted)
+
+
+class _Progress:
+    """The bar on stderr: frames, frames per second, window and how the last prompt took over."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.report: Any = None
+        self._bar = Progress(
+            TextColumn("{task.fields[prompt]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} frames {task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task: Any = None
+        self._mode = ""
+
+    def update(self, chunk: Any, report: Any) -> None:
+        self.report = report
+        if self._task is None:
+            self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
+        self._mode = chunk.mode or self._mode
+        state = f"{report.rate:5.1f} fps  window {chunk.window:2d}  {self._mode}"
+        text = chunk.prompt if len(chunk.prompt) <= 40 else chunk.prompt[:39] + "…"
+        self._bar.update(self._task, completed=report.frames, prompt=_plain(text), state=state)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _say(report: Any) -> None:
+    """The outcome, for people."""
+    if report.interrupted:
+        kept = f"kept what was made in {report.video}" if report.frames else "nothing was made yet"
+        typer.echo(f"interrupted after {report.frames} of {report.planned} frames: {kept}")
+    if not report.frames:
+        return
+    for switch in report.switches:
+        strength = "" if switch.rho is None else f", rho {switch.rho:.2f}"
+        typer.echo(
+            f"{switch.shown:7.2f} s  {switch.prompt}  (asked for at {switch.asked:g} s; {switch.mode}{strength})"
+        )
+    typer.echo(
+        f"{report.video}: {report.frames} frames, {report.frames / report.fps:.2f} s at {report.fps} fps, "
+        f"{report.width}x{report.height}, {report.codec}; made at {report.rate:.1f} frames per second "
+        f"with {report.engine}, decoding and writing included"
+    )
+    if report.sheet is not None:
+        typer.echo(f"{report.sheet}: contact sheet")
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> None:
+    """Print what is in a bundle."""
+    from .inspect import show
+
+    show(bundle, Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say which engines can run here, and why the others cannot."""
+    from .doctor import show
+
+    show(Console())
+
+
+@app.command()
+def bench(
+    bundle: Bundle = None,
+    chunks: Annotated[int, typer.Option("--chunks", min=8, help="Measured chunks without a switch.")] = 60,
+    policy: PolicyName = None,
+    engine: EngineName = "auto",
+    threads: Threads = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory at chunks 20 and 400.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Measure speed per stage, the cost of a switch, and memory."""
+    from .bench import check_json, measure, show
+
+    if json_file is not None:
+        check_json(json_file)
+    result = measure(bundle, chunks, policy, engine, threads, memory)
+    show(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"{json_file}: figures")
+
+
+def main() -> None:
+    """Entry point: errors of swiftvideo without a traceback."""
+    try:
+        app()
+    except UsageError as error:
+        typer.echo(f"swiftvideo: {error}", err=True)
+        sys.exit(2)
+    except SwiftVideoError as error:
+        typer.echo(f"swiftvideo: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,88 @@
+"""What this machine can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    usable: bool
+    note: str
+
+
+def findings() -> list[Finding]:
+    """Python, machine, engines, codec and the parts for exporting, in that order."""
+    from .cli import version
+    from .video import OutputError, choose_codec
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [
+        Finding("swiftvideo", True, version()),
+        Finding("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("machine", True, f"{cores} cores for this process"),
+        _embedded(),
+        _onnxruntime(),
+        Finding("engine tensorrt", False, "not part of this version; use onnxruntime"),
+    ]
+    try:
+        found.append(Finding("video", True, f"encoder {choose_codec()}"))
+    except OutputError as error:
+        found.append(Finding("video", False, str(error)))
+    missing = [
+        name for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers") if not _there(name)
+    ]
+    note = f"torch {_release('torch')}, onnx {_release('onnx')}"
+    if missing:
+        note = f"{', '.join(missing)} not installed: pip install 'swiftvideo[export]'"
+    return [*found, Finding("export and verify", not missing, note)]
+
+
+def show(console: Console) -> None:
+    """Print `findings`."""
+    table = Table(box=None, show_header=False)
+    for item in findings():
+        table.add_row(item.what, "[green]yes[/]" if item.usable else "[yellow]no[/]", item.note)
+    console.print(table)
+
+
+def _embedded() -> Finding:
+    from swiftvideo.runtime import Manifest
+    from swiftvideo.runtime.errors import SwiftVideoError
+    from swiftvideo.runtime.pipeline import EMBEDDED
+
+    try:
+        manifest = Manifest.load(EMBEDDED)
+    except SwiftVideoError as error:
+        return Finding("embedded model", False, str(error))
+    g = manifest.geometry
+    return Finding("embedded model", True, f"{manifest.model}, {g.width}x{g.height}, {manifest.dtype}")
+
+
+def _onnxruntime() -> Finding:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding("engine onnxruntime", False, f"{error}: pip install onnxruntime")
+    return Finding("engine onnxruntime", True, f"{onnxruntime.__version__}, CPU")
+
+
+def _there(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _release(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

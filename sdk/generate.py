@@ -1,0 +1,223 @@
+"""A story to an MP4 file and a contact sheet, chunk by chunk, stoppable at any time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from swiftvideo.runtime import Chunk, Pipeline
+
+from . import sheet
+from .story import Shot, Story, schedule, video_frames
+from .video import VideoWriter, check_output
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A prompt that took over."""
+
+    prompt: str
+    asked: float
+    """Second that the story asks for."""
+    shown: float
+    """Second of the first frame under the prompt: a chunk boundary."""
+    frame: int
+    """That video frame."""
+    mode: str
+    """How (`Chunk.mode`)."""
+    rho: float | None
+    """Measured strength, 0 to 1."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What was made. `interrupted` is the signal's number, or 0."""
+
+    video: Path
+    width: int
+    height: int
+    fps: int
+    seed: int
+    policy: str
+    engine: str
+    codec: str
+    sheet: Path | None = None
+    planned: int = 0
+    """Video frames asked for."""
+    frames: int = 0
+    """Video frames written."""
+    elapsed: float = 0.0
+    """Wall-clock seconds of making and writing them, without loading."""
+    interrupted: int = 0
+    switches: list[Switch] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    """Of each chunk."""
+
+    @property
+    def rate(self) -> float:
+        """Frames made per second, decoding and writing included."""
+        return self.frames / self.elapsed if self.elapsed else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for machines; the keys are documented in docs/cli.md."""
+        return {
+            "video": str(self.video) if self.frames else None,
+            "contact_sheet": str(self.sheet) if self.sheet else None,
+            "frames": self.frames,
+            "frames_planned": self.planned,
+            "seconds": round(self.frames / self.fps, 6),
+            "width": self.width,
+            "height": self.height,
+            "fps": self.fps,
+            "codec": self.codec,
+            "seed": self.seed,
+            "policy": self.policy,
+            "engine": self.engine,
+            "elapsed_seconds": round(self.elapsed, 6),
+            "frames_per_second": round(self.rate, 3),
+            "interrupted": bool(self.interrupted),
+            "windows": self.windows,
+            "switches": [
+                {
+                    "prompt": s.prompt,
+                    "asked": s.asked,
+                    "shown": s.shown,
+                    "frame": s.frame,
+                    "mode": s.mode,
+                    "rho": s.rho,
+                }
+                for s in self.switches
+            ],
+        }
+
+
+class _Interrupts:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, but never in the middle of a write.
+
+    Outside the main thread signals cannot be caught; there it does nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._shielded = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        if not self._shielded:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def shield(self, last: bool = False) -> Iterator[None]:
+        """Hold signals back inside; one that came meanwhile is raised at the end, unless this is the `last` work."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self.received and not last:
+            raise KeyboardInterrupt
+
+
+def generate(
+    pipeline: Pipeline,
+    story: Story,
+    out: str | Path,
+    contact_sheet: str | Path | None = None,
+    on_chunk: Callable[[Chunk, Report], None] | None = None,
+) -> Report:
+    """Make `story` into the MP4 file `out`, and a PNG `contact_sheet` if asked for.
+
+    A prompt takes effect at the first chunk boundary at or after its time (`story.schedule`); the video has exactly
+    round(seconds * fps) frames. SIGINT and SIGTERM end it early: the report says so and the files hold what was made.
+    So it is when the engine fails, but then the error is raised after the files were closed.
+
+    on_chunk: called after each chunk with it and the report so far.
+
+    Raises:
+        UsageError: the story does not fit the model, or a file name is of no use.
+        OutputError: a file cannot be written.
+        EngineError: the engine failed.
+    """
+    geometry = pipeline.geometry
+    shots = schedule(story, geometry)
+    sheet_path = None if contact_sheet is None else check_output(contact_sheet, (".png",))
+    with _Interrupts() as interrupts:
+        writer: VideoWriter | None = None
+        rows = [sheet.Row(shot.cue.prompt, f"from {shot.first_frame / geometry.fps:.2f} s") for shot in shots]
+        try:
+            with pipeline.session(story.cues[0].prompt, story.seed, story.policy) as session:
+                for shot in shots[1:]:
+                    session.prompt(shot.cue.prompt, at_frame=shot.frame)
+                with interrupts.shield():
+                    writer = VideoWriter(out, geometry.width, geometry.height, geometry.fps)
+                    report = Report(
+                        *(writer.path, geometry.width, geometry.height, geometry.fps, story.seed),
+                        *(session.settings.policy, pipeline.engine.name, writer.codec),
+                        planned=video_frames(story, geometry),
+                    )
+                begin = time.perf_counter()
+                while report.frames < report.planned:
+                    chunk = next(session)
+                    with interrupts.shield():
+                        _take(chunk, report, writer, shots, rows)
+                        report.elapsed = time.perf_counter() - begin
+                        if on_chunk is not None:
+                            on_chunk(chunk, report)
+        except KeyboardInterrupt:
+            if writer is None:
+                raise
+            report.interrupted = interrupts.received or signal.SIGINT
+        finally:
+            with interrupts.shield(last=True):
+                _finish(writer, sheet_path, rows)
+        if report.frames:
+            report.sheet = sheet_path
+    return report
+
+
+def _take(
+    chunk: Chunk, report: Report, writer: VideoWriter, shots: tuple[Shot, ...], rows: list[sheet.Row]
+) -> None:
+    """Write a chunk's frames, the last ones cut to what was planned, and note its switch."""
+    frames = chunk.frames[: report.planned - report.frames]
+    writer.write(frames)
+    report.frames = writer.frames
+    report.windows.append(chunk.window)
+    row = rows[chunk.prompt_id]
+    row.add(frames)
+    if chunk.mode:
+        shot, shown = shots[chunk.prompt_id], chunk.first_frame / report.fps
+        report.switches.append(
+            Switch(shot.cue.prompt, shot.cue.at, shown, chunk.first_frame, chunk.mode, chunk.rho)
+        )
+        strength = "" if chunk.rho is None else f", rho {chunk.rho:.2f}"
+        row.switched, row.note = True, f"switch at {shown:.2f} s: {chunk.mode}{strength}"
+
+
+def _finish(writer: VideoWriter | None, path: Path | None, rows: list[sheet.Row]) -> None:
+    if writer is None:
+        return
+    try:
+        writer.close()
+    finally:
+        if path is not None and writer.frames:
+            sheet.save(path, rows)

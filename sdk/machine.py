@@ -1,0 +1,81 @@
+"""What figures were taken on: hardware, commit, versions, memory of this process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("numpy", "onnxruntime", "av", "torch", "onnx")
+
+
+def describe() -> dict[str, Any]:
+    """Machine, commit and versions, as plain values; absent things are None."""
+    from .cli import version
+
+    return {
+        "machine": {"cpu": _cpu(), "cores": _cores(), "memory_gib": _memory(), "system": platform.platform()},
+        "commit": commit(),
+        "versions": {"swiftvideo": version(), "python": platform.python_version(), **_libraries()},
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files were changed; None outside a checkout or without git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def memory_mib() -> dict[str, float]:
+    """`resident`: this process now; `peak`: the most it ever had. MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    statm = Path("/proc/self/statm")
+    now = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak
+    return {"resident": round(now / 2**20, 1), "peak": round(peak / 2**20, 1)}
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> float:
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _libraries() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,176 @@
+"""MP4 files, written so that an interrupted run leaves a file that plays."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from swiftvideo.runtime.errors import ClosedError, SettingsError, SwiftVideoError, UsageError
+
+Frames = NDArray[np.uint8]
+"""RGB video: uint8 [n,H,W,3]."""
+
+CODECS: dict[str, dict[str, str]] = {
+    "libx264": {"crf": "18", "preset": "veryfast"},
+    "libopenh264": {"rc_mode": "quality"},
+    "mpeg4": {"qscale": "3"},
+}
+"""Encoders in order of preference with their options: two of H.264, then MPEG-4 part 2, which every FFmpeg has."""
+
+_BT709 = 1
+
+
+class OutputError(SwiftVideoError):
+    """A file cannot be written where it was asked for."""
+
+
+def choose_codec() -> str:
+    """The first of `CODECS` that this PyAV was built with.
+
+    Raises:
+        OutputError: none of them is there.
+    """
+    for name in CODECS:
+        try:
+            av.codec.Codec(name, "w")
+        except av.codec.codec.UnknownCodecError:
+            continue
+        return name
+    raise OutputError(
+        f"this PyAV ({av.__version__}) has none of the encoders {', '.join(CODECS)}: "
+        "install the wheel, pip install --force-reinstall av"
+    )
+
+
+def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
+    """`path` if a file with one of `suffixes` can be written there; call it before any long work.
+
+    Raises:
+        UsageError: another suffix, or a folder is in the way.
+        OutputError: the folder is missing, or not writable.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"output {str(path)!r}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UsageError(f"output {str(path)!r} is a folder: give a file's name")
+    if not path.parent.is_dir():
+        raise OutputError(f"folder {str(path.parent)!r} is not there: make it first, mkdir -p {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{str(path)!r} cannot be written: change its permissions or choose another folder")
+    return path
+
+
+class VideoWriter:
+    """Writes RGB frames to an MP4 file (yuv420p, BT.709), replacing a file of that name.
+
+    The file grows in fragments of one second and becomes an ordinary MP4 when it is closed, so what was written
+    before a crash still plays.
+
+    Args:
+        path: ends in `.mp4`.
+        width, height: pixels, both even.
+        fps: frames per second.
+        codec: an FFmpeg encoder; None chooses (`choose_codec`).
+
+    Raises:
+        UsageError: the path's suffix, or odd sizes.
+        OutputError: the folder is missing or not writable, or the encoder is not there.
+    """
+
+    def __init__(self, path: str | Path, width: int, height: int, fps: int, codec: str | None = None) -> None:
+        self.path = check_output(path, (".mp4",))
+        if width < 2 or height < 2 or width % 2 or height % 2:
+            raise SettingsError(f"video of {width}x{height}: both sizes must be even and at least 2")
+        if fps < 1:
+            raise SettingsError(f"fps is {fps}: at least 1 is needed")
+        self.width, self.height, self.fps = width, height, fps
+        self.codec = codec or choose_codec()
+        self.frames = 0
+        """Frames written so far."""
+        self._closed = False
+        try:
+            self._container = av.open(
+                str(self.path),
+                "w",
+                format="mp4",
+                options={"movflags": "hybrid_fragmented", "flush_packets": "1"},
+            )
+            self._stream = self._open_stream()
+        except (FFmpegError, ValueError, OSError) as error:
+            raise OutputError(f"{str(self.path)!r} cannot be written with {self.codec}: {error}") from error
+
+    def _open_stream(self) -> VideoStream:
+        stream = self._container.add_stream(
+            self.codec, rate=self.fps, options=dict(CODECS.get(self.codec, {}))
+        )
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        context = stream.codec_context
+        context.gop_size = self.fps
+        context.time_base = Fraction(1, self.fps)
+        context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        return stream
+
+    def write(self, frames: Frames) -> None:
+        """Append frames, uint8 [n,H,W,3].
+
+        Raises:
+            SettingsError: another shape or dtype.
+            ClosedError: the writer was closed.
+            OutputError: the disk is full, or the encoder failed.
+        """
+        if self._closed:
+            raise ClosedError(f"{str(self.path)!r} was closed: open another VideoWriter")
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3):
+            raise SettingsError(
+                f"frames are {frames.dtype} {list(frames.shape)}: uint8 [n, {self.height}, {self.width}, 3] is needed"
+            )
+        try:
+            for image in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    src_color_range=ColorRange.JPEG,
+                    dst_color_range=ColorRange.MPEG,
+                )
+                frame.pts = self.frames
+                frame.time_base = Fraction(1, self.fps)
+                self._container.mux(self._stream.encode(frame))
+                self.frames += 1
+        except (FFmpegError, OSError) as error:
+            raise OutputError(f"{str(self.path)!r}: writing failed, {error}; is the disk full?") from error
+
+    def close(self) -> None:
+        """Finish the file; a file without any frame is removed. Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.frames:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+        except (FFmpegError, OSError) as error:
+            raise OutputError(f"{str(self.path)!r}: closing failed, {error}; is the disk full?") from error
+        finally:
+            if not self.frames:
+                self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
