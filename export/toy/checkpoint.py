@@ -28,7 +28,8 @@ def save_checkpoint(
 ) -> None:
     """Write transformer/, vae/, text_encoder/, tokenizer.json and model.json into `folder`.
 
-    `backbone` has the original Wan names; `config` the fields of BackboneConfig; `mean` and `std` are float32 [16].
+    `backbone` has the original Wan names; `config` the fields of BackboneConfig; `mean` and `std` are
+    float32 [16].
     """
     transformer = folder / "transformer"
     transformer.mkdir(parents=True, exist_ok=True)

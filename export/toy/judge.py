@@ -1,7 +1,7 @@
 """Says what a chunk of frames shows, from pixel statistics alone; nothing here is learned.
 
-The backgrounds are neutral and the shapes saturated, so a pixel's chroma separates them. Position is measured on the
-circle (a mean angle), because most motions leave at one side and enter at the other.
+The backgrounds are neutral and the shapes saturated, so a pixel's chroma separates them. Position is
+measured on the circle (a mean angle), because most motions leave at one side and enter at the other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .prompts import Attributes
 
 SIDE = scenes.SIDE
 _MOVING = 0.4
-"""Pixels a frame from which an axis counts as moving (the slowest drawn motion has 1.0, on one axis of bouncing)."""
+"""Pixels a frame from which an axis counts as moving; the slowest drawn one has 1.0 (bouncing, vertical)."""
 _CHROMA = 36.0
 _Array = NDArray[np.float64]
 
 
 def judge(frames: NDArray[np.uint8]) -> Attributes:
-    """The attributes of one chunk. `frames`: uint8 [n, 64, 64, 3], n >= 2. An attribute not recognised is ''."""
+    """The attributes of one chunk, '' where not recognised. `frames`: uint8 [n, 64, 64, 3], n >= 2."""
     pixels = frames.astype(np.float64)
     masks = segment(pixels)
     counts = masks.sum((1, 2))
@@ -49,10 +49,13 @@ def _colour(pixels: _Array, masks: NDArray[np.bool_]) -> str:
 
 def _background(pixels: _Array, masks: NDArray[np.bool_]) -> str:
     """The drawn background nearest to the median over rows of what is not the shape."""
-    clean = np.ma.masked_array(pixels, np.broadcast_to(masks[..., None], pixels.shape))
-    rows = np.ma.median(clean, axis=(0, 2)).filled(np.nan)
+    clean = np.where(masks[..., None], np.nan, pixels).transpose(1, 0, 2, 3).reshape(SIDE, -1, 3)
+    visible = ~np.isnan(clean[..., 0]).all(1)
+    if not visible.any():
+        return ""
+    rows = np.nanmedian(clean[visible], axis=1)
     errors = {
-        name: float(np.nanmean((scenes.background(name)[:, 0].astype(np.float64) - rows) ** 2))
+        name: float(((scenes.background(name)[visible, 0].astype(np.float64) - rows) ** 2).mean())
         for name in prompts.BACKGROUNDS
     }
     name, error = min(errors.items(), key=lambda item: item[1])
@@ -82,29 +85,29 @@ def _motion(masks: NDArray[np.bool_]) -> str:
 
 
 @functools.cache
-def _templates() -> dict[str, _Array]:
-    """For each shape its mask at the middle, for radii over the drawn range: float64 [radii, 64, 64], 0 or 1."""
+def _templates() -> dict[str, list[tuple[float, NDArray[np.complex128]]]]:
+    """Per shape, for radii over the drawn range: its area in pixels and the spectrum of its mask."""
     offset = (np.arange(SIDE, dtype=np.float32) + 0.5) - SIDE / 2
     dx, dy = np.broadcast_arrays(offset[None, :], offset[:, None])
-    radii = np.linspace(0.23, 0.30, 8) * SIDE
-    return {
-        name: np.stack([scenes.signed_distance(name, float(r), dx, dy) < 0 for r in radii]).astype(np.float64)
-        for name in prompts.SHAPES
-    }
+    result: dict[str, list[tuple[float, NDArray[np.complex128]]]] = {}
+    for name in prompts.SHAPES:
+        masks = [scenes.signed_distance(name, radius, dx, dy) < 0 for radius in np.linspace(14.7, 19.2, 8)]
+        result[name] = [(float(mask.sum()), np.conj(np.fft.rfft2(mask))) for mask in masks]
+    return result
 
 
 def _shape(masks: NDArray[np.bool_]) -> str:
-    """The template with the largest overlap (intersection over union) with the mask, best alignment, mean of frames."""
-    scores = dict.fromkeys(prompts.SHAPES, 0.0)
+    """The template with the largest intersection over union at its best alignment, mean over frames."""
+    scores = {}
     chosen = masks[:: max(1, len(masks) // 4)].astype(np.float64)
     spectrum = np.fft.rfft2(chosen)
     area = chosen.sum((1, 2))
     for name, templates in _templates().items():
         best = np.zeros(len(chosen))
-        for template in templates:
-            # Circular cross-correlation: the overlap at every alignment at once, over the wrapping border too.
-            overlap = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(template)), s=(SIDE, SIDE)).max((1, 2))
-            best = np.maximum(best, overlap / (area + template.sum() - overlap))
+        for size, template in templates:
+            # Circular cross-correlation: the overlap at every alignment at once, the wrapping ones too.
+            overlap = np.fft.irfft2(spectrum * template, s=(SIDE, SIDE)).max((1, 2))
+            best = np.maximum(best, overlap / (area + size - overlap))
         scores[name] = float(best.mean())
     name, score = max(scores.items(), key=lambda item: item[1])
     return name if score > 0.6 else ""

@@ -13,13 +13,14 @@ MOTIONS = ("left", "right", "up", "down", "bouncing", "still")
 BACKGROUNDS = ("night", "snow", "fog", "dawn")
 TEXT_LEN = 16
 
-# fmt: off
 WORDS = (
-    "<pad>", "</s>", "<unk>", "a", "an", "red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink",
-    "circle", "ball", "square", "box", "triangle", "cross", "plus", "moving", "drifting", "left", "right", "up",
-    "down", "bouncing", "standing", "still", "at", "in", "the", "night", "snow", "fog", "dawn",
+    *("<pad>", "</s>", "<unk>", "a", "an"),
+    *COLOURS,
+    *("circle", "ball", "square", "box", "triangle", "cross", "plus"),
+    *("moving", "drifting", "left", "right", "up", "down", "bouncing", "standing", "still"),
+    *("at", "in", "the", "night", "snow", "fog", "dawn"),
 )
-# fmt: on
+"""The vocabulary; a word's place is its id."""
 SYNONYMS = {
     "circle": ("circle", "ball"),
     "square": ("square", "box"),

@@ -44,18 +44,19 @@ def signed_distance(shape: str, radius: float, dx: Frames, dy: Frames) -> Frames
     else:
         upright = np.maximum(ax - 0.34 * radius, ay - radius)
         distance = np.minimum(upright, np.maximum(ax - radius, ay - 0.34 * radius))
-    return distance.astype(np.float32)
+    result: Frames = distance.astype(np.float32)
+    return result
 
 
 def background(name: str) -> Frames:
     """The empty background, float32 [64, 64, 3] in 0..255."""
     top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[name])
-    picture = top + (bottom - top) * (_ROWS[..., None] / SIDE)
-    return picture.astype(np.float32)
+    picture: Frames = (top + (bottom - top) * (_ROWS[..., None] / SIDE)).astype(np.float32)
+    return picture
 
 
 def render(attributes: Attributes, radius: float, positions: NDArray[np.float64]) -> Frames:
-    """Draw one frame per (x, y) of `positions` [n, 2]: float32 [n, 64, 64, 3] in 0..255, edges anti-aliased."""
+    """One frame per (x, y) of `positions` [n, 2]: float32 [n, 64, 64, 3] in 0..255, edges anti-aliased."""
     places = positions.astype(np.float32)
     dx = _COLUMNS[None] - places[:, 0, None, None]
     dy = _ROWS[None] - places[:, 1, None, None]
