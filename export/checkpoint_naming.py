@@ -281,4 +281,4 @@ def merge_lora(
 def _module(name: str) -> str:
     """Original Wan name of a module that an adapter names."""
     short = strip(name)
-    return from_diffusers(short) or short if recognise([short + ".weight"]) == "diffusers" else short
+    return from_diffusers(short) or short  # no original Wan name is also one of diffusers

@@ -116,7 +116,7 @@ def _frequencies(pairs: int, device: torch.device | None = None) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs (2j, 2j+1) of x [B,N,n,d] by cos, sin [B,N,1,d/2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """[B,N,D] -> [B,N,n,d]."""
-        return x.unflatten(-1, (self.heads, -1))
+        return torch.unflatten(x, -1, (self.heads, -1))
 
     def query(self, x: Tensor) -> Tensor:
         """Normalised queries before any rotation, float32: x [B,N,D] -> [B,N,n,d]."""
@@ -225,7 +225,7 @@ class Block(nn.Module):
 
     def add_self(self, x: Tensor, o: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         """x [B,F,P,D] plus the gated self-attention o [B,F*P,n,d]."""
-        return _gated(x, self.self_attn.output(o).unflatten(1, (-1, x.shape[2])), m[2])
+        return _gated(x, torch.unflatten(self.self_attn.output(o), 1, (-1, x.shape[2])), m[2])
 
     def cross_query(self, x: Tensor) -> Tensor:
         """Queries of the cross-attention, [B,F*P,n,d] in x's dtype; x [B,F,P,D]."""
@@ -235,7 +235,7 @@ class Block(nn.Module):
 
     def add_cross(self, x: Tensor, o: Tensor) -> Tensor:
         """x [B,F,P,D] plus the cross-attention o [B,F*P,n,d]; no gate."""
-        return x + self.cross_attn.output(o).unflatten(1, (-1, x.shape[2]))
+        return x + torch.unflatten(self.cross_attn.output(o), 1, (-1, x.shape[2]))
 
     def add_ffn(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
         """x [B,F,P,D] plus the gated feed-forward network."""
@@ -301,7 +301,7 @@ class CausalWanModel(nn.Module):
     def embed_patches(self, latents: Tensor) -> Tensor:
         """latents [B,F,C,h,w] -> tokens [B,F*P,D] in raster order (frame, row, column)."""
         _, height, width = self.config.patch
-        x = latents.to(self.dtype).unflatten(4, (-1, width)).unflatten(3, (-1, height))
+        x = torch.unflatten(torch.unflatten(latents.to(self.dtype), 4, (-1, width)), 3, (-1, height))
         x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, F*rows*columns, C*ph*pw]
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(x, weight, self.patch_embedding.bias)
@@ -309,7 +309,8 @@ class CausalWanModel(nn.Module):
     def unpatch(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """Head's tokens [B,F,rows*columns,ph*pw*C] -> [B,F,C,h,w]; in a token the channel is fastest."""
         _, height, width = self.config.patch
-        x = tokens.unflatten(3, (height, width, self.config.out_channels)).unflatten(2, (rows, columns))
+        x = torch.unflatten(tokens, 3, (height, width, self.config.out_channels))
+        x = torch.unflatten(x, 2, (rows, columns))
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
     def sinusoid(self, t: Tensor) -> Tensor:
@@ -322,7 +323,7 @@ class CausalWanModel(nn.Module):
         first, second = self.time_embedding[0], self.time_embedding[2]
         e = _linear(second, functional.silu(_linear(first, self.sinusoid(t))))
         e0 = _linear(self.time_projection[1], functional.silu(e))
-        return e, e0.unflatten(-1, (6, self.config.dim))
+        return e, torch.unflatten(e0, -1, (6, self.config.dim))
 
     def pad_text(self, embeds: Tensor) -> Tensor:
         """embeds [B,T,text_dim], T <= text_len -> [B,text_len,text_dim], zeros appended."""
@@ -399,7 +400,7 @@ class CausalWanModel(nn.Module):
         if space is None:
             space = self.space_rope(rows, columns, latents.device)
         cos, sin = self.rope(time_cos, time_sin, space)
-        x = self.embed_patches(latents).unflatten(1, (-1, rows * columns))
+        x = torch.unflatten(self.embed_patches(latents), 1, (-1, rows * columns))
         keys, values = [], []
         for layer, block in enumerate(self.layers):
             m = block.modulations(e0)

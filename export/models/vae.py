@@ -66,7 +66,7 @@ class StreamingDecoder(nn.Module):
         self.spatial_stride = 2 ** (len(config.dim_mult) - 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamingDecoder:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in self._statistics.items():  # stay float32 when the weights become bfloat16
             moved = self._buffers[name]
             self._buffers[name] = torch.tensor(
@@ -121,7 +121,7 @@ class StreamingDecoder(nn.Module):
 
     def cache_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
         """Shapes of the caches for latents of height x width, in order."""
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         for name, module in zip(self.cache_names(), self._cached(), strict=True):
             scale = 1
             if name.startswith("up_blocks."):
@@ -200,4 +200,4 @@ class _Pass:
         frames = x.transpose(1, 2)
         batch = frames.shape[0]
         scaled: Tensor = module.resample(frames.flatten(0, 1))
-        return scaled.unflatten(0, (batch, -1)).transpose(1, 2)
+        return torch.unflatten(scaled, 0, (batch, -1)).transpose(1, 2)
