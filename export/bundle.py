@@ -1,0 +1,174 @@
+"""Writes bundles: the graphs of a checkpoint, its tokenizer and the manifest, in one step.
+
+    export_bundle(load_checkpoint("Wan2.1-T2V-1.3B-Diffusers"), "wan.bundle", height=480, width=832, dtype="bf16")
+
+A bundle is made in a folder beside its destination and moved there when it is complete, so an interrupted or failed
+export leaves nothing that looks like a bundle.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.geometry import Geometry, PolicySettings
+from swiftvideo.runtime.manifest import (
+    TOKENIZER_NAME,
+    Manifest,
+    ScheduleInfo,
+    Source,
+    measure_files,
+)
+
+from .checkpoint import Checkpoint
+from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
+from .models.backbone import CausalWanModel
+from .models.schedule import Schedule
+
+DType = Literal["fp32", "fp16", "bf16"]
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Progress = Callable[[str, int, int], None]
+"""(graph's name, how many are done, how many there are)."""
+
+GRAPH_COUNT = 6
+NO_HASH = "0" * 64
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: DType = "fp32",
+    policy: PolicySettings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the bundle of a checkpoint into the folder `out`.
+
+    height, width: pixels, the checkpoint's own by default. dtype: of weights, K and V; the checkpoint's modules are
+    converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
+    before each graph and at the end.
+    Raises SettingsError for a wrong size or dtype, and for an `out` that exists and is not empty, unless `overwrite`
+    is set and it holds a bundle.
+    """
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
+    geometry = checkpoint.geometry(height, width)
+    schedule = checkpoint.schedule
+    target = DTYPES[dtype]
+    backbone = checkpoint.backbone.to(target)
+    encoder, decoder = checkpoint.text_encoder.to(target), checkpoint.vae.to(target)
+
+    def graphs() -> Iterable[Graph]:
+        yield text_graph(encoder, geometry.text_len)
+        yield from backbone_graphs(backbone, geometry, schedule)
+        yield from decode_graphs(decoder, geometry)
+
+    return _write(
+        Path(out),
+        graphs(),
+        Manifest(
+            model=checkpoint.info.name,
+            dtype=dtype,
+            geometry=geometry,
+            policy=policy or checkpoint.info.policy,
+            schedule=schedule_info(schedule),
+            source=Source(checkpoint.kind, checkpoint.sha256),
+            text_encoder=f"{encoder.layers} layers of width {encoder.text_dim}, {encoder.vocabulary} tokens",
+            files={},
+        ),
+        {TOKENIZER_NAME: checkpoint.tokenizer},
+        overwrite,
+        progress,
+    )
+
+
+def export_backbone(
+    model: CausalWanModel, geometry: Geometry, schedule: Schedule, out: str | Path
+) -> Manifest:
+    """A bundle of condition, denoise and inject alone, for driving a backbone with text embeddings and latents.
+
+    The dtype is that of the model's weights. `out` may be an empty folder.
+    """
+    names = {value: name for name, value in DTYPES.items()}
+    manifest = Manifest(
+        model="backbone",
+        dtype=names[model.dtype],
+        geometry=geometry,
+        policy=PolicySettings(),
+        schedule=schedule_info(schedule),
+        source=Source("backbone", NO_HASH),
+        text_encoder="none",
+        files={},
+    )
+    return _write(Path(out), backbone_graphs(model, geometry, schedule), manifest, {}, False, None)
+
+
+def schedule_info(schedule: Schedule) -> ScheduleInfo:
+    """The manifest's record of a schedule."""
+    count = len(schedule.steps)
+    return ScheduleInfo(
+        timesteps=tuple(float(t) for t in schedule.steps),
+        sigmas=tuple(float(s) for s in schedule.pass_sigmas[:count]),
+        context_noise=float(schedule.context_noise),
+        shift=float(schedule.shift),
+    )
+
+
+def _write(
+    out: Path,
+    graphs: Iterable[Graph],
+    manifest: Manifest,
+    extra: dict[str, bytes],
+    overwrite: bool,
+    progress: Progress | None,
+) -> Manifest:
+    import dataclasses
+
+    _check_destination(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        (work / "onnx").mkdir()
+        done = 0
+        for graph in graphs:
+            if progress:
+                progress(graph.name, done, GRAPH_COUNT)
+            export_graph(graph, work / "onnx")
+            done += 1
+            gc.collect()
+        for name, content in extra.items():
+            (work / name).write_bytes(content)
+        manifest = dataclasses.replace(manifest, files=measure_files(work))
+        manifest.save(work)
+        if out.exists():
+            shutil.rmtree(out)
+        work.chmod(0o755)
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if progress:
+        progress("done", done, GRAPH_COUNT)
+    return Manifest.load(out)
+
+
+def _check_destination(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise SettingsError(
+            f"{out} exists and is not empty: choose another folder, or pass overwrite (--overwrite)"
+        )
+    if not (out / "manifest.json").is_file():
+        raise SettingsError(f"{out} holds no bundle, so it is not overwritten: choose another folder")

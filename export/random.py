@@ -1,0 +1,97 @@
+"""Checkpoints with random weights, for sizing and benchmarks where the real ones are not at hand.
+
+The architecture is the published one. Only the text encoder is cut, to two layers of full width, unless the whole
+UMT5-XXL (11 GB in bfloat16) is asked for; `swiftvideo inspect` shows which a bundle has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from swiftvideo.runtime.errors import SettingsError
+
+from .checkpoint import Checkpoint, ModelInfo
+from .models.backbone import PRESETS, CausalWanModel
+from .models.text import TextEncoder
+from .models.vae import StreamingDecoder
+
+UMT5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "vocab_size": 256384,
+    "num_layers": 24,
+}
+SHORT_LAYERS = 2
+WORDS = 4096
+"""Words "w0", "w1", ... that the generated tokenizer knows."""
+
+
+def random_checkpoint(
+    name: str, *, dtype: torch.dtype = torch.float32, full_text_encoder: bool = False, seed: int = 0
+) -> Checkpoint:
+    """A checkpoint of a preset's architecture. Weights are made in `dtype` directly, never as float32 first.
+
+    Raises SettingsError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise SettingsError(f"no architecture {name!r}: known are {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    generator = torch.Generator().manual_seed(seed)
+    layers = UMT5_XXL["num_layers"] if full_text_encoder else SHORT_LAYERS
+    text = UMT5Config(**UMT5_XXL | {"num_layers": layers}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    with torch.device("meta"):
+        backbone, encoder, vae = CausalWanModel(config), UMT5EncoderModel(text), AutoencoderKLWan()
+    backbone, encoder, vae = (_fill(module, dtype, generator) for module in (backbone, encoder, vae))
+    return Checkpoint(
+        kind=f"random {name}, seed {seed}",
+        backbone=backbone,
+        text_encoder=TextEncoder(encoder),
+        vae=StreamingDecoder(vae),
+        tokenizer=_tokenizer(),
+        info=ModelInfo(name=f"{name}-random", text_len=config.text_len),
+        sha256=hashlib.sha256(f"{name} {seed} {full_text_encoder}".encode()).hexdigest(),
+    )
+
+
+def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+    """Real tensors in the place of meta ones: N(0, 1/fan_in) for matrices and convolutions, ones for norms' weights."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=dtype)
+            if name == "modulation":
+                value.normal_(std=value.shape[-1] ** -0.5, generator=generator)
+            elif value.ndim >= 2 and name != "gamma":
+                value.normal_(std=value[0].numel() ** -0.5, generator=generator)
+            else:
+                value.fill_(0.0 if name == "bias" else 1.0)
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                raise SettingsError(
+                    f"buffer {name} of {type(owner).__name__} has no rule: add one to random.py"
+                )
+    tie = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module.eval()
+
+
+def _tokenizer() -> bytes:
+    """A word-level tokenizer whose words are w0, w1, ...: no file has to be fetched."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    content: str = tokenizer.to_str(pretty=False)
+    json.loads(content)
+    return content.encode()
