@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swiftvideo.runtime import Chunk, Pipeline, Session, load
+from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, load
 
 from .machine import describe, memory_mib
 from .video import check_output
@@ -21,6 +21,7 @@ PROMPTS = (
     "a yellow square moving up in the fog",
     "a blue triangle bouncing at dawn",
 )
+"""What is shown, unless the model does not know the words (`prompts_for`)."""
 STAGES = ("denoise", "commit", "decode", "inject", "recache", "rest")
 """Parts of a chunk. commit: the context pass and the copy of its rows; rest: all that no stage claims."""
 BETWEEN, SWITCHES = 6, 9
@@ -52,7 +53,7 @@ def measure(
         SwiftVideoError: the bundle cannot be opened or run.
     """
     with load(bundle, engine, threads) as pipeline:
-        geometry = pipeline.geometry
+        geometry, prompts = pipeline.geometry, prompts_for(pipeline)
         result: dict[str, Any] = {
             **describe(),
             "model": pipeline.manifest.model,
@@ -65,14 +66,16 @@ def measure(
             "frames_a_chunk": geometry.chunk * geometry.temporal_stride,
         }
         if memory:  # first: later work would raise the peak
-            result["memory_mib"] = _memory(pipeline, policy)
-        result["prompt_encode"] = _spread([_encode_ms(pipeline, i) for i in range(12)])
+            result["memory_mib"] = _memory(pipeline, prompts, policy)
+        result["prompt_encode"] = _spread(
+            [_encode_ms(pipeline, prompts[i % len(prompts)]) for i in range(12)]
+        )
         warm_up = -(-geometry.window // geometry.chunk) + 2
-        with pipeline.session(PROMPTS[0], 1, policy) as session:
+        with pipeline.session(prompts[0], 1, policy) as session:
             _run(session, warm_up)
             result["warm_up_chunks"] = warm_up
             result.update(steady_figures(_run(session, chunks)))
-            result["switch"] = _switches(session)
+            result["switch"] = _switches(session, prompts)
     return result
 
 
@@ -94,6 +97,16 @@ def steady_figures(timed: Sequence[Timed]) -> dict[str, Any]:
         },
         "mean_window": float(np.mean([chunk.window for chunk, _ in timed])),
     }
+
+
+def prompts_for(pipeline: Pipeline) -> Sequence[str]:
+    """`PROMPTS`, or single words of the model's own where it does not know them, as with random weights."""
+    try:
+        for prompt in PROMPTS:
+            pipeline.encode(prompt)
+    except PromptError:
+        return [word for word in pipeline.words if word.isalnum()][: len(PROMPTS)]
+    return PROMPTS
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -145,12 +158,12 @@ def _run(session: Session, chunks: int) -> list[Timed]:
     return timed
 
 
-def _switches(session: Session) -> dict[str, Any]:
+def _switches(session: Session, prompts: Sequence[str]) -> dict[str, Any]:
     """Per mode: how much longer a switch's chunk takes than the later chunks between switches (medians)."""
     switched: dict[str, list[Timed]] = {}
     steady: list[float] = []
     for number in range(SWITCHES):
-        session.prompt(PROMPTS[(number + 1) % len(PROMPTS)])
+        session.prompt(prompts[(number + 1) % len(prompts)])
         first, *others = _run(session, BETWEEN)
         switched.setdefault(first[0].mode, []).append(first)
         steady += [wall * 1000 for _, wall in others]
@@ -172,22 +185,22 @@ def _switches(session: Session) -> dict[str, Any]:
     return result
 
 
-def _memory(pipeline: Pipeline, policy: str | None) -> list[dict[str, Any]]:
+def _memory(pipeline: Pipeline, prompts: Sequence[str], policy: str | None) -> list[dict[str, Any]]:
     """Memory of this process after the chunks of `MEMORY_AT`, with a switch every `BETWEEN` chunks."""
     rows = []
-    with pipeline.session(PROMPTS[0], 1, policy) as session:
+    with pipeline.session(prompts[0], 1, policy) as session:
         for index in range(MEMORY_AT[-1]):
             if index and index % BETWEEN == 0:
-                session.prompt(PROMPTS[index // BETWEEN % len(PROMPTS)])
+                session.prompt(prompts[index // BETWEEN % len(prompts)])
             next(session)
             if index + 1 in MEMORY_AT:
                 rows.append({"chunk": index + 1, **memory_mib()})
     return rows
 
 
-def _encode_ms(pipeline: Pipeline, number: int) -> float:
+def _encode_ms(pipeline: Pipeline, prompt: str) -> float:
     begin = time.perf_counter()
-    pipeline.encode(PROMPTS[number % len(PROMPTS)])
+    pipeline.encode(prompt)
     return (time.perf_counter() - begin) * 1000
 
 

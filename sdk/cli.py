@@ -190,6 +190,46 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) 
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", help="The bundle's folder to write.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A folder with transformer/, vae/, text_encoder/ and a tokenizer.")
+    ] = None,
+    random: Annotated[
+        str | None, typer.Option("--random", help="Random weights instead, such as wan2.1-t2v-1.3b.")
+    ] = None,
+    backbone: Annotated[
+        Path | None, typer.Option("--backbone", help="Generator weights to use instead of transformer/.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA to merge into the backbone.")] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", help="Pixels; the checkpoint's if absent.")
+    ] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels; the checkpoint's if absent.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or bf16.")] = "fp32",
+    full_text_encoder: Annotated[
+        bool, typer.Option("--full-text-encoder", help="With --random: all of its layers, not two.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+) -> None:
+    """Turn a checkpoint into a bundle (needs torch)."""
+    from .exporting import export as work
+
+    work(
+        checkpoint,
+        out,
+        random=random,
+        backbone=backbone,
+        lora=lora,
+        height=height,
+        width=width,
+        dtype=dtype,
+        full_text_encoder=full_text_encoder,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Say which engines can run here, and why the others cannot."""
     from .doctor import show

@@ -1,4 +1,4 @@
-"""The data of the backbone: drawn stories, encoded once by the finished autoencoder."""
+"""The data of the backbone: drawn stories, encoded once by the finished encoder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from . import scenes
-from .vae import encode, to_model
+from .encoder import PatchEncoder
+from .vae import to_model
 
 CHUNKS = 6
 """Chunks of a story: 18 latent frames, 69 video frames."""
 
 
 def make(
-    vae: AutoencoderKLWan, path: Path, stories: int, seed: int = 0, log: Callable[[str], None] = print
+    encoder: PatchEncoder, path: Path, stories: int, seed: int = 0, log: Callable[[str], None] = print
 ) -> None:
     """Write encoded stories: `latents` float16 [stories,18,16,8,8], `attributes` int64 [stories,6,4]."""
     rng = np.random.default_rng(seed)
@@ -27,7 +27,7 @@ def make(
     with torch.inference_mode():
         for number in range(stories):
             frames, each = scenes.story(rng, CHUNKS)
-            mean, _ = encode(vae, to_model(frames[None]))
+            mean = encoder(to_model(frames[None]))
             latents.append(mean[0].transpose(0, 1).half())
             attributes.append([chunk.indices() for chunk in each])
             if number % 200 == 199:

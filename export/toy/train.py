@@ -1,11 +1,10 @@
-"""Train the embedded model from nothing: drawn clips, autoencoder, encoded stories, backbone, checkpoint.
+"""Train the embedded model from nothing: drawn clips, encoder, encoded stories, decoder, backbone, checkpoint.
 
-    python -m swiftvideo.export.toy.train --out FOLDER [--stages vae,latents,backbone,decoder,checkpoint]
+    python -m swiftvideo.export.toy.train --out FOLDER [--stages encoder,latents,vae,backbone,checkpoint]
 
-Everything comes from one seed. Stages read what earlier ones left in FOLDER, so each can be repeated or
-resumed. `decoder` goes on with the decoder alone while latents keep their meaning; it may run beside
-`backbone` in a second process. `checkpoint` writes FOLDER/checkpoint, which `swiftvideo export` turns into
-a bundle.
+Everything comes from one seed. Stages read what earlier ones left in FOLDER, so each can be repeated, and
+`vae` (the decoder) and `backbone` resumed; these two need the encoder alone and may run side by side in two
+processes. `checkpoint` writes FOLDER/checkpoint, which `swiftvideo export` turns into a bundle.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-from . import backbone, latents, vae
+from . import backbone, encoder, latents, vae
 from .checkpoint import save_checkpoint
 from .network import Network
 from .sampling import TorchPipeline
 
-STAGES = ("vae", "latents", "backbone", "decoder", "checkpoint")
-MINUTES = {"vae": 30.0, "backbone": 40.0, "decoder": 40.0}
+STAGES = ("encoder", "latents", "vae", "backbone", "checkpoint")
+MINUTES = {"encoder": 8.0, "vae": 60.0, "backbone": 100.0}
 STORIES = 2000
 
 
@@ -42,10 +41,9 @@ def load_trained(folder: Path) -> TorchPipeline:
 
 
 def _autoencoder(folder: Path) -> AutoencoderKLWan:
-    """The autoencoder of a training folder, with the finer decoder where there is one."""
+    """The autoencoder of a training folder; only its decoder is trained."""
     model = vae.build()
-    finer = folder / "decoder.pt"
-    model.load_state_dict(torch.load(finer if finer.exists() else folder / "vae.pt", weights_only=True))
+    model.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
     return model.eval()
 
 
@@ -70,21 +68,13 @@ def run_stage(
 ) -> None:
     """Run one of STAGES in `folder`; `minutes` None means the stage's default."""
     budget = MINUTES.get(stage, 0.0) if minutes is None else minutes
-    if stage == "vae":
-        torch.manual_seed(seed)
-        model = vae.build()
-        if resume:
-            model.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
-        vae.train(model, folder / "vae.pt", budget, seed=seed, log=log)
-    elif stage == "decoder":
-        model = _autoencoder(folder) if resume else vae.build()
-        if not resume:
-            model.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
-        vae.train_decoder(model, folder / "decoder.pt", budget, seed=seed + 1, log=log)
+    if stage == "encoder":
+        encoder.train(folder / "encoder.pt", budget, seed=seed, log=log)
     elif stage == "latents":
-        model = vae.build()
-        model.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
-        latents.make(model.eval(), folder / "latents.pt", stories, seed, log)
+        latents.make(encoder.load(folder / "encoder.pt"), folder / "latents.pt", stories, seed, log)
+    elif stage == "vae":
+        fixed = encoder.load(folder / "encoder.pt")
+        vae.train(fixed, folder / "vae.pt", budget, resume=resume, seed=seed, log=log)
     elif stage == "backbone":
         backbone.train(
             folder / "latents.pt", folder / "backbone.pt", budget, resume=resume, seed=seed, log=log

@@ -1,0 +1,24 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swiftvideo.runtime.pipeline import EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole bundle that runs in milliseconds a chunk: the embedded model, else one with random weights."""
+    if (EMBEDDED / "manifest.json").is_file():
+        return EMBEDDED
+    pytest.importorskip("torch")
+    from swiftvideo.export.bundle import export_bundle
+    from swiftvideo.export.checkpoint import load_checkpoint
+    from tests.bench.naive import untrained_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    export_bundle(load_checkpoint(untrained_checkpoint(folder / "checkpoint")), folder / "bundle")
+    return folder / "bundle"

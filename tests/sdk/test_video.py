@@ -1,0 +1,128 @@
+"""MP4 files, read back with FFmpeg's decoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
+from swiftvideo.sdk import video
+from swiftvideo.sdk.video import OutputError, VideoWriter, check_output, choose_codec
+
+COLOURS = np.array([(230, 30, 30), (30, 200, 60), (40, 60, 220), (250, 250, 250), (5, 5, 5)], np.uint8)
+
+
+def colours(count: int, size: int = 64) -> NDArray[np.uint8]:
+    """`count` plain frames, each of the next colour."""
+    frames = np.empty((count, size, size, 3), np.uint8)
+    frames[:] = COLOURS[np.arange(count) % len(COLOURS)][:, None, None]
+    return frames
+
+
+def read(path: Path) -> list[NDArray[np.uint8]]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("codec", [None, "mpeg4"])
+def test_every_frame_comes_back_in_its_colour(tmp_path: Path, codec: str | None) -> None:
+    frames = colours(31)
+    with VideoWriter(tmp_path / "a.mp4", 64, 64, 12, codec) as writer:
+        writer.write(frames[:1])
+        writer.write(frames[1:])
+        assert writer.frames == 31
+    decoded = read(tmp_path / "a.mp4")
+    assert len(decoded) == 31
+    assert np.abs(np.mean(decoded, (1, 2)) - np.mean(frames, (1, 2))).max() < 8
+
+
+def test_it_is_an_ordinary_mp4_that_players_know(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 64, 32, 12) as writer:
+        writer.write(colours(24)[:, :32])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate, stream.frames) == (64, 32, 12, 24)
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.codec_context.colorspace == 1 and stream.codec_context.color_range == 1
+        assert stream.duration is not None and stream.time_base is not None
+        assert float(stream.duration * stream.time_base) == pytest.approx(2.0)
+
+
+def test_a_killed_writer_leaves_a_file_that_plays(tmp_path: Path) -> None:
+    program = f"""
+import os
+from tests.sdk.test_video import *
+writer = VideoWriter({str(tmp_path / "a.mp4")!r}, 64, 64, 12)
+writer.write(colours(96))
+os._exit(9)
+"""
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 9
+    decoded = read(tmp_path / "a.mp4")
+    assert 48 <= len(decoded) <= 96
+    assert np.abs(np.mean(decoded, (1, 2)) - np.mean(colours(len(decoded)), (1, 2))).max() < 8
+
+
+def test_a_file_without_frames_is_not_left_behind(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 64, 64, 12)
+    writer.close()
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((1, 64, 32, 3), np.uint8),
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((1, 64, 64, 3), np.float32),
+    ],
+)
+def test_wrong_frames_are_refused_with_their_shape(tmp_path: Path, frames: NDArray[np.uint8]) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 64, 64, 12) as writer:
+        with pytest.raises(SettingsError, match=str(list(frames.shape)).replace("[", r"\[")):
+            writer.write(frames)
+
+
+def test_writing_after_closing_is_refused(tmp_path: Path) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 64, 64, 12)
+    writer.close()
+    with pytest.raises(ClosedError):
+        writer.write(colours(1))
+
+
+@pytest.mark.parametrize(("width", "height", "fps"), [(63, 64, 12), (64, 0, 12), (64, 64, 0)])
+def test_sizes_that_cannot_be_encoded_are_refused(tmp_path: Path, width: int, height: int, fps: int) -> None:
+    with pytest.raises(SettingsError):
+        VideoWriter(tmp_path / "a.mp4", width, height, fps)
+
+
+def test_outputs_that_cannot_be_written_are_named_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"mkdir -p .*absent"):
+        check_output(tmp_path / "absent" / "a.mp4", (".mp4",))
+    with pytest.raises(UsageError, match=r"\.mp4"):
+        check_output(tmp_path / "a.avi", (".mp4",))
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UsageError, match="folder"):
+        check_output(tmp_path / "folder.mp4", (".mp4",))
+
+
+def test_an_unwritable_folder_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video.os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="permissions"):
+        check_output(tmp_path / "a.mp4", (".mp4",))
+
+
+def test_without_h264_another_encoder_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_codec() == "libx264"
+    monkeypatch.setattr(video, "CODECS", {"no_such_encoder": {}, "mpeg4": {}})
+    assert choose_codec() == "mpeg4"
+    monkeypatch.setattr(video, "CODECS", {"no_such_encoder": {}})
+    with pytest.raises(OutputError, match="no_such_encoder"):
+        choose_codec()
