@@ -73,8 +73,7 @@ def _whole_resample(cached: Callable[..., Tensor]) -> Callable[..., Tensor]:
             doubled = pairs.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, -1, height, width)
             x = torch.cat([x[:, :, :1], doubled], 2)
         frames: Tensor = self.resample(x.transpose(1, 2).flatten(0, 1))
-        x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-        return x
+        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
     return forward
 
@@ -96,7 +95,9 @@ def to_model(clips: scenes.Frames) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLWan, encoder: PatchEncoder, clips: int = 8, frames: int = 9, seed: int = 999) -> float:
+def psnr(
+    vae: AutoencoderKLWan, encoder: PatchEncoder, clips: int = 8, frames: int = 9, seed: int = 999
+) -> float:
     """Mean PSNR in dB of decoded latents, peak to peak 2, over clips of a fixed seed."""
     rng = np.random.default_rng(seed)
     values = []
