@@ -51,7 +51,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """latents [B,16,1+k,h,w] -> clips [B,3,4+4k,8h,8w], the first frame four times: the encoder's partner in training."""
+    """latents [B,16,1+k,h,w] -> clips [B,3,4+4k,8h,8w], the first frame 4 times: the encoder's partner in training."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()

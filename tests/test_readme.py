@@ -1,0 +1,88 @@
+"""What README.md and samples/ tell people to type is typed here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import typer
+
+from swiftvideo.runtime.pipeline import EMBEDDED
+from swiftvideo.sdk.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line.removeprefix("$ swiftvideo "))
+    for block in re.findall(r"```console\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("$ swiftvideo ")
+]
+RUNNABLE = ("generate", "inspect", "doctor")
+"""Commands that need no more than the embedded model; the others' options are checked, not run."""
+
+embedded = pytest.mark.skipif(
+    not (EMBEDDED / "manifest.json").is_file(), reason="this checkout holds no embedded model"
+)
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Run a program; what it printed."""
+    result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@embedded
+def test_the_six_lines_run(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    program = block + "\nprint(chunk.index, chunk.prompt, chunk.frames.shape)"
+    printed = run(sys.executable, "-c", program, cwd=tmp_path)
+    assert printed.strip() == "6 a yellow square moving up in the fog (12, 64, 64, 3)"
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_options_of_every_command_exist(arguments: list[str]) -> None:
+    group = typer.main.get_command(app)
+    assert hasattr(group, "commands")
+    command = group.commands[arguments[0]]
+    command.make_context(arguments[0], arguments[1:])
+
+
+@embedded
+@pytest.mark.parametrize("arguments", [each for each in COMMANDS if each[0] in RUNNABLE], ids=" ".join)
+def test_commands_run(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    program = "import sys; from swiftvideo.sdk.cli import main; sys.argv[0] = 'swiftvideo'; main()"
+    run(sys.executable, "-c", program, *arguments, cwd=tmp_path)
+    written = [tmp_path / word for word in arguments if word.endswith((".mp4", ".png"))]
+    for path in written:
+        with av.open(str(path)) as container:
+            assert next(container.decode(video=0)).width >= 64
+
+
+@embedded
+def test_the_sample_that_switches(tmp_path: Path) -> None:
+    printed = run(sys.executable, str(ROOT / "samples/switch.py"), "a.mp4", cwd=tmp_path)
+    lines = printed.splitlines()
+    assert len(lines) == 12
+    assert [number for number, line in enumerate(lines) if "rho" in line] == [4, 8]
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9 + 11 * 12
+
+
+@embedded
+def test_the_sample_that_resumes(tmp_path: Path) -> None:
+    assert "same to the byte" in run(sys.executable, str(ROOT / "samples/resume.py"), "s", cwd=tmp_path)
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    targets = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
+    assert len(targets) > 5
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert not missing
