@@ -1,0 +1,293 @@
+"""Builds TensorRT plans of a bundle's graphs, and adds them to the bundle.
+
+    build_plans("wan.bundle", "rtx:sm89")
+
+Each plan is built in a child process (`tensorrt_child.py`): a crash of the builder is an error here, not an end. Plans
+and kernels appear in the bundle only when all are there: a failed build leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
+from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure
+from swiftvideo.runtime.plugins.flavours import RTX, Target, parse_target
+from swiftvideo.runtime.plugins.kernel import OPS, Kernel
+from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
+from swiftvideo.runtime.plugins.tensorrt import PLUGINS
+
+LOG_LINES = 12
+"""Of the builder's log in the message of a failure."""
+
+Progress = Callable[[str, str, int, int], None]
+"""(graph, phase, steps done, steps)."""
+
+
+class PlanBuildError(SwiftVideoError):
+    """TensorRT could not build a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A plan, and what building it took."""
+
+    info: PlanInfo
+    seconds: float
+    size: int
+    """Bytes of the plan."""
+    peak: int
+    """Bytes of memory, the most that any child so far had resident."""
+
+
+def build_plans(
+    bundle: str | Path,
+    target: str,
+    *,
+    plugins: bool = True,
+    graphs: Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> list[Built]:
+    """Build plans for a target and add them, with their kernels and layer reports, to the bundle.
+
+    target: h100, h200, or rtx:smNN with 80, 86, 89 or 120. plugins: False leaves our two ops as standard layers.
+    graphs: names; all of the bundle's by default. An earlier plan of the same graph, target and kind is replaced.
+
+    Raises:
+        SettingsError: no such target.
+        EngineUnavailableError: the target's product is not installed.
+        BundleError: the bundle cannot be read, or has no such graph.
+        PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end.
+    """
+    wanted = parse_target(target)
+    manifest = Manifest.load(bundle)
+    assert manifest.folder is not None
+    if wanted.flavour.installed is None:
+        raise EngineUnavailableError(
+            f"--target {target} needs {wanted.flavour.name}, which is not installed: {wanted.flavour.install}"
+        )
+    names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
+    missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]
+    if missing:
+        raise BundleMissingError(f"the bundle has no graph {missing[0]!r}: it has {', '.join(GRAPHS)}")
+    for name in manifest.files:
+        if name.startswith("onnx/") and name.removeprefix("onnx/").partition(".")[0] in names:
+            _verify(manifest, name)
+    work = Path(tempfile.mkdtemp(prefix=".plans-", dir=manifest.folder))
+    try:
+        kernels = _kernels(manifest, wanted) if plugins else {}
+        for kernel in kernels.values():
+            for name, content in kernel.files().items():
+                (work / name).parent.mkdir(exist_ok=True)
+                (work / name).write_bytes(content)
+        built = [_build(manifest, wanted, graph, kernels, work, progress) for graph in names]
+        _add(manifest, work, built)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return built
+
+
+def _verify(manifest: Manifest, name: str) -> None:
+    """Hash a file that a child will read by its name."""
+    dataclasses.replace(manifest, files={name: manifest.files[name]}).verify_all()
+
+
+def _kernels(manifest: Manifest, target: Target) -> dict[str, Kernel]:
+    from .kernels.compiler import compile_kernel
+
+    head = manifest.geometry.head_dim
+    return {op: compile_kernel(op, target.capability, manifest.dtype, head).kernel for op in OPS}
+
+
+def sizes(manifest: Manifest, graph: str) -> dict[str, tuple[int, int, int]]:
+    """Smallest, usual and largest size of each dynamic axis: B sessions, F latent frames, R cache rows."""
+    g = manifest.geometry
+    rows = (g.rows, g.rows, g.rows)
+    if graph == "decode":  # a chunk, or what the first frame leaves of it
+        frames = (1, g.chunk, g.chunk)
+    else:
+        micro = manifest.policy.bridge.micro
+        frames = (min(g.chunk, micro or g.chunk), g.chunk, g.window)
+    return {"B": (1, 1, 1), "F": frames, "R": rows}
+
+
+def plan_stem(manifest: Manifest, target: Target, graph: str, plugins: bool) -> str:
+    """File name of a plan without suffix: model, graph, dtype, product, version, capability."""
+    version = target.flavour.installed
+    kind = "" if plugins else "-functions"
+    model = "".join(c if c.isalnum() or c in "-_." else "_" for c in manifest.model)
+    return f"{model}-{graph}-{manifest.dtype}-{target.flavour.name}{version}-sm{target.capability}{kind}"
+
+
+def _build(
+    manifest: Manifest,
+    target: Target,
+    graph: str,
+    kernels: dict[str, Kernel],
+    work: Path,
+    progress: Progress | None,
+) -> Built:
+    assert manifest.folder is not None
+    began = time.monotonic()
+    stem = plan_stem(manifest, target, graph, bool(kernels))
+    folder = work / target.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, log, result_file = folder / f"{stem}.plan", work / f"{graph}.log", work / f"{graph}.result.json"
+    job = {
+        "flavour": target.flavour.name,
+        "capability": target.capability,
+        "graph": str(manifest.folder / "onnx" / f"{graph}.onnx"),
+        "plan": str(plan),
+        "log": str(log),
+        "result": str(result_file),
+        "kernels": str(work / "kernels") if kernels else None,
+        "sizes": sizes(manifest, graph),
+        "timing_cache": _timing_cache(target),
+    }
+    (work / f"{graph}.job.json").write_text(json.dumps(job))
+    code = _run_child(work / f"{graph}.job.json", target, work, graph, progress)
+    result: dict[str, Any] = json.loads(result_file.read_text()) if result_file.is_file() else {}
+    if code or "error" in result or not plan.is_file():
+        raise _failure(graph, target, code, result, log)
+    found = _plugin_layers(graph, result, bool(kernels))
+    layers = folder / f"{stem}.layers.json"
+    layers.write_text(
+        json.dumps({"bindings": result["bindings"], "layers": result["layers"]}, indent=1) + "\n"
+    )
+    info = PlanInfo(
+        graph=graph,
+        target=target.name,
+        flavour=target.flavour.name,
+        version=result["version"],
+        capability=target.capability,
+        dtype=manifest.dtype,
+        file=plan.relative_to(work).as_posix(),
+        layers=layers.relative_to(work).as_posix(),
+        source=graph_source(manifest, graph),
+        plugins={op: kernels[op].spec.sha256 for op in PLUGINS if op in found},
+        functions=not kernels,
+    )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return Built(info, time.monotonic() - began, plan.stat().st_size, peak)
+
+
+def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str]:
+    """Ops of the graph's nodes, after checking that each is a plugin layer of the builder's report."""
+    if not plugins:
+        return set()
+    layers = [layer["name"] for layer in result["layers"] if layer["plugin"]]
+    lost = [node["name"] for node in result["nodes"] if not any(node["name"] in name for name in layers)]
+    if lost:
+        raise PlanBuildError(
+            f"the plan of {graph} has no plugin layer for {', '.join(lost)}; its plugin layers are "
+            f"{', '.join(layers) or 'none'}: this version of TensorRT reports or fuses layers in another way"
+        )
+    return {node["op"] for node in result["nodes"]}
+
+
+def _run_child(job: Path, target: Target, work: Path, graph: str, progress: Progress | None) -> int:
+    """Run the child to its end, passing its progress on; return its exit code, negative for a signal."""
+    with (work / f"{graph}.stderr").open("wb") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(job)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=_environment(target, work),
+            text=True,
+        )
+        with child:
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if progress and line.startswith("{"):
+                        step = json.loads(line)
+                        progress(graph, step["phase"], step["step"], step["steps"])
+            except BaseException:
+                child.kill()
+                raise
+    return child.returncode
+
+
+def _environment(target: Target, work: Path) -> dict[str, str]:
+    """The child's environment. TensorRT-RTX's parser opens its library by a name without version: give it a link."""
+    environment = dict(os.environ)
+    if target.flavour is not RTX:
+        return environment
+    import importlib.util
+
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is not None and spec.submodule_search_locations:
+        libraries = Path(next(iter(spec.submodule_search_locations)))
+        links = work / "lib"
+        links.mkdir(exist_ok=True)
+        for library in libraries.glob("libtensorrt_rtx.so.*"):
+            link = links / "libtensorrt_rtx.so"
+            if not link.exists():
+                link.symlink_to(library)
+        paths = [str(links), str(libraries), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+    return environment
+
+
+def _timing_cache(target: Target) -> str | None:
+    """File of measured tactics, kept between builds. TensorRT-RTX measures nothing when it builds."""
+    if target.flavour is RTX:
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftvideo"
+    base.mkdir(parents=True, exist_ok=True)
+    return str(base / f"{target.flavour.name}-{target.flavour.installed}-sm{target.capability}.timing")
+
+
+def _failure(graph: str, target: Target, code: int, result: dict[str, Any], log: Path) -> PlanBuildError:
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    stderr = log.with_suffix(".stderr")
+    if not lines and stderr.is_file():
+        lines = stderr.read_text(errors="replace").splitlines()
+    layer = f", layer {result['layer']}" if result.get("layer") else ""
+    how = result.get("error") or (f"the builder died of signal {-code}" if code < 0 else f"exit code {code}")
+    end = "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
+    return PlanBuildError(
+        f"no plan of {graph} for {target.name}{layer}: {how}. The bundle is as it was. The log ends with:\n{end}"
+    )
+
+
+def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
+    """Move the files into the bundle, then write the manifest: in that order it is valid at any time."""
+    assert manifest.folder is not None
+    files = dict(manifest.files)
+    fresh = [item.info for item in built]
+    keys = {
+        (plan.graph, plan.target, bool(plan.plugins) or plan.file.count("-functions") == 0) for plan in fresh
+    }
+    kept = []
+    stale = []
+    for plan in plans_of(manifest):
+        (stale if (plan.graph, plan.target, plan.functions) in keys else kept).append(plan)
+    used = {name for plan in (*kept, *fresh) for name in (plan.file, plan.layers)}
+    for plan in stale:
+        for name in {plan.file, plan.layers} - used:
+            files.pop(name, None)
+    names = [name for plan in fresh for name in (plan.file, plan.layers)]
+    names += [f"kernels/{path.name}" for path in sorted((work / "kernels").glob("*"))]
+    for name in names:
+        target = manifest.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (work / name).replace(target)
+        files[name] = measure(target)
+    entries = tuple(plan.entry() for plan in (*kept, *fresh))
+    dataclasses.replace(manifest, files=files, plans=entries).save(manifest.folder)
+    for plan in stale:
+        for name in {plan.file, plan.layers} - used:
+            (manifest.folder / name).unlink(missing_ok=True)
