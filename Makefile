@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: help demo test test-wheel check format lint types imports sanitize bench proto clean
+.PHONY: help demo test test-wheel check format lint types imports sanitize protocol bench soak proto clean
 
 help:
 	@echo "make demo        a three-prompt video and its contact sheet in out/ (no GPU, no torch)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check       format, lint, types, import contracts, the C core under sanitizers"
 	@echo "make format      rewrite the sources as 'make check' wants them"
 	@echo "make bench       benchmarks: table and JSON"
+	@echo "make soak        the service under load and faults: figures as JSON (minutes; ARGS='--hour' adds an hour)"
 	@echo "make proto       regenerate the gRPC code from protos/"
 
 # The package and what it needs at run time.
@@ -26,7 +27,7 @@ $(VENV)/.core: $(BUILD_INPUTS)
 # What developers and tests need besides. torch comes first and alone, so that the version that is asked for is kept.
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,export]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,export,serve]"
 	@touch $@
 
 demo: $(VENV)/.core
@@ -50,7 +51,7 @@ test-wheel: $(VENV)/.dev
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
 	SWIFTVIDEO_INSTALLED=build/wheel-venv build/wheel-venv/bin/python -m pytest $(ARGS)
 
-check: lint types imports sanitize
+check: lint types imports protocol sanitize
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -60,8 +61,13 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@mkdir -p build/types/swiftvideo
 	@for part in sdk export runtime; do ln -sfn ../../../$$part build/types/swiftvideo/$$part; done
+	@ln -sfn ../../../protos/swiftvideo/v1 build/types/swiftvideo/v1
 	$(BIN)/mypy
 	$(BIN)/stubtest swiftvideo.runtime._core --mypy-config-file pyproject.toml
+
+# Style of the protocol, and that it still speaks with clients of protos/baseline.binpb, the last released one.
+protocol: $(VENV)/.dev
+	cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf breaking --against baseline.binpb
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
@@ -78,8 +84,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.core --json out/bench-core.json
 	$(BIN)/swiftvideo bench --json out/bench.json
 
+soak: $(VENV)/.dev
+	@mkdir -p out
+	$(BIN)/python -m tests.service.soak --json out/soak.json $(ARGS)
+
 proto: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet grpcio-tools
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --pyi_out=protos --grpc_python_out=protos \
 		$(wildcard protos/swiftvideo/v1/*.proto)
 
