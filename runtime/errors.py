@@ -5,6 +5,7 @@
     │   ├── PromptError       empty, too long, or with words the tokenizer does not know
     │   ├── SettingsError     a policy, geometry or export setting is out of range
     │   └── ClosedError       the session or pipeline was closed
+    ├── StoppedError          a chunk was given up because the session's interrupt asked for it
     ├── BundleError           a bundle cannot be used
     │   ├── BundleMissingError    a file or folder is not there
     │   ├── BundleVersionError    written by an incompatible version
@@ -39,6 +40,10 @@ class SettingsError(UsageError):
 
 class ClosedError(UsageError):
     """The session or pipeline was closed before the call."""
+
+
+class StoppedError(SwiftVideoError):
+    """A chunk was given up because the session's interrupt asked for it."""
 
 
 class BundleError(SwiftVideoError):
