@@ -49,18 +49,21 @@ class EngineSession(Protocol):
         segments: Int32,
         prompt: Prompt,
     ) -> None:
-        """Run the backbone on the loaded latents; keep x0 and the fresh K and V; load the re-noised latents.
+        """Run the backbone on the loaded latents; keep x0; load the re-noised latents.
 
         step: 0 to steps - 1, or steps for the context pass. noise: [B,F,C,h,w]; None for the last step and the
-        context pass, after which x0 itself is loaded. time_cos, time_sin: [F,time_pairs]. segments: [6,2]
-        (start, length) in the row space [cache 0..R | fresh R..R+F*P].
+        context pass, after which x0 itself is loaded and the fresh K and V are kept for `commit`. time_cos, time_sin:
+        [F,time_pairs]. segments: [6,2] (start, length) in the row space [cache 0..R | fresh R..R+F*P].
         """
 
     def x0(self) -> Float32:
         """Clean latents of the last `denoise`, [B,F,C,h,w]; the caller may keep them."""
 
     def commit(self, ranges: Int32) -> None:
-        """Copy fresh K and V into the cache: ranges [n,3] of (fresh start, row start, length)."""
+        """Copy fresh K and V of the last `denoise`, one without noise, into the cache.
+
+        ranges: [n,3] of (fresh start, row start, length).
+        """
 
     def inject(
         self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,12 @@ from .errors import SettingsError
 
 Policy = Literal["swift", "recache", "keep", "cut"]
 Positions = Literal["absolute", "windowed"]
+
+
+_POSITIVE = (
+    *("layers", "heads", "head_dim", "latent_channels", "text_len", "text_dim"),
+    *("temporal_stride", "spatial_stride", "fps", "steps"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +46,14 @@ class Geometry:
     """Denoising steps; `step == steps` is the context pass."""
 
     def __post_init__(self) -> None:
-        if self.patch[0] != 1:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.head_dim % 2:
+            raise SettingsError(f"head_dim is {self.head_dim}: rotary embeddings need an even width")
+        if self.patch[0] != 1 or min(self.patch) < 1:
             raise SettingsError(
-                f"patch is {self.patch}: only one latent frame per patch is supported, use (1, h, w)"
+                f"patch is {self.patch}: it must be (1, h, w), one latent frame, with h and w positive"
             )
         for axis, size, patch in (
             ("latent_height", self.latent_height, self.patch[1]),
@@ -132,7 +144,7 @@ class BridgeSettings:
             0 <= self.tau_low <= self.tau_high,
             f"bridge.tau_low {self.tau_low}, tau_high {self.tau_high}: need 0 <= tau_low <= tau_high",
         )
-        _check(self.scale > 0, f"bridge.scale is {self.scale}: it must be positive")
+        _check(0 < self.scale < math.inf, f"bridge.scale is {self.scale}: it must be positive and finite")
         _check(0 <= self.decay <= 1, f"bridge.decay is {self.decay}: it must be in [0, 1]")
 
 
@@ -167,7 +179,7 @@ class AnchorSettings:
         _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use 1 or more")
         _check(self.max >= 0, f"anchors.max is {self.max}: it must not be negative")
         _check(0 <= self.mix <= 1, f"anchors.mix is {self.mix}: it must be in [0, 1]")
-        _check(self.scale > 0, f"anchors.scale is {self.scale}: it must be positive")
+        _check(0 < self.scale < math.inf, f"anchors.scale is {self.scale}: it must be positive and finite")
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,9 +125,11 @@ class Manifest:
                 f"no bundle at {str(folder)!r}: {path.name} is not there; "
                 "make one with `swiftvideo export CHECKPOINT --out BUNDLE`"
             ) from error
+        except OSError as error:
+            raise BundleMissingError(f"{path} cannot be read: {error}; change its permissions") from error
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleIntegrityError(f"{path} is not JSON ({error}); export the bundle again") from error
         if not isinstance(data, dict):
             raise BundleIntegrityError(
@@ -191,6 +193,12 @@ class Manifest:
             raise _wrong_hash(path, entry)
         return view.toreadonly()
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, over the listed files' names and hashes: equal bundles have equal ones."""
+        lines = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     def verify_all(self) -> None:
         """Hash every listed file without keeping it. Raises as `read_file`."""
         for name in self.files:
@@ -248,6 +256,8 @@ def _open(path: Path) -> typing.BinaryIO:
         return path.open("rb")
     except FileNotFoundError as error:
         raise BundleMissingError(f"{path} is not there: copy the whole bundle again") from error
+    except OSError as error:
+        raise BundleMissingError(f"{path} cannot be read: {error}; change its permissions") from error
 
 
 def _wrong_size(path: Path, entry: FileEntry) -> BundleIntegrityError:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ._core import Cache
 from .engine import EngineSession, Float32, Prompt
-from .errors import SettingsError
+from .errors import SettingsError, UsageError
 from .geometry import Geometry, PolicySettings, WindowSettings
 from .positions import rotation, time_tables
 from .telemetry import Stopwatch
@@ -263,11 +263,12 @@ class Memory:
     def _place(self, newest: int) -> None:
         """Positions "windowed": keep the sink and the memory rows within W - 1 frames of frame `newest`.
 
-        The memory rows carry no rotation, that is, they stand at frame 0.
+        Unplaced memory rows carry no rotation: they stand at frame 0. Nothing is placed before the frame at which the
+        cache began, so a cache that began at frame 10 million sees the distances that one from frame 0 sees.
         """
         if self.settings.positions != "windowed":
             return
-        oldest = max(0, newest - (self.geometry.window - 1))
+        oldest = max(self._origin, newest - (self.geometry.window - 1))
         offset = max(0, oldest - self._sink_frame)
         if offset != self._sink_offset and self.geometry.sink and self.cache.local_end:
             self._engine.place_sink(*rotation(offset, self.geometry.time_pairs))
@@ -296,5 +297,11 @@ class Memory:
         self.bridge = arrays.get("bridge")
         self.bridge_scale = np.float32(plain["bridge_scale"])
         self.anchors = [arrays[f"anchor.{index}"] for index in range(self.cache.anchors)]
+        if (self.bridge is not None) != self.cache.has_bridge:
+            raise UsageError("the saved bridge and the saved cache contradict each other: save it again")
+        g = self.geometry
+        for tokens, count in ((self.bridge, 2), *((anchor, 1) for anchor in self.anchors)):
+            if tokens is not None and tokens.shape[2:] != (count, g.heads, g.head_dim):
+                raise UsageError(f"saved memory tokens are {tokens.shape}: they are not this model's")
         self._origin, self._sink_frame, self._sink_offset, self._memory_offset = plain["places"]
         self.cache.check_integrity()

@@ -7,6 +7,7 @@ two ever overlap.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,13 +24,23 @@ class NoiseSource(Protocol):
         """Gaussian noise [B,c,C,h,w]. step 0: the chunk's start; step k: added after denoising step k - 1."""
 
 
+def checked_seed(seed: int) -> int:
+    """`seed` as a plain int. Raises SettingsError unless it is a whole number in 0 to 2^64 - 1."""
+    try:
+        whole = operator.index(seed)
+    except TypeError as error:
+        raise SettingsError(f"seed is {seed!r}: a whole number is needed") from error
+    if not 0 <= whole < 1 << 64:
+        raise SettingsError(f"seed is {whole}: it must be in 0 to 2^64 - 1")
+    return whole
+
+
 def philox(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> Float32:
     """Gaussian noise, float32 [B, ...]: the same for the same arguments, whatever was drawn before.
 
-    seed: 0 to 2^64 - 1. Batch item b has the key (seed, b): item 0 equals a batch of one.
+    seed: as `checked_seed` wants it. Batch item b has the key (seed, b): item 0 equals a batch of one.
     """
-    if not 0 <= seed < 1 << 64:
-        raise SettingsError(f"seed is {seed}: it must be in 0 to 2^64 - 1")
+    seed = checked_seed(seed)
     noise = np.empty(shape, np.float32)
     for item in range(shape[0]):
         key = np.array([seed, item], np.uint64)

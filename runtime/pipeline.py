@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import cast
 
 from .engine import Engine, Prompt
-from .errors import BundleMissingError, ClosedError, EngineUnavailableError, SettingsError
+from .errors import BundleMissingError, ClosedError, EngineUnavailableError, SettingsError, UsageError
 from .geometry import Geometry, Policy, PolicySettings
-from .manifest import TOKENIZER_NAME, Manifest, settings_from
+from .manifest import TOKENIZER_NAME, Manifest
 from .session import Session
+from .snapshot import read
 from .tokenizer import PromptTokenizer
 
 EMBEDDED = Path(__file__).parent / "bundles" / "default"
@@ -92,20 +93,25 @@ class Pipeline:
             policy = self.settings
         elif isinstance(policy, str):
             policy = dataclasses.replace(self.settings, policy=cast(Policy, policy))
-        return Session(self.engine, self.encode, policy, prompt, seed)
+        return Session(self.engine, self.encode, policy, prompt, seed, self.manifest.fingerprint)
 
     def restore(self, path: str | Path) -> Session:
         """Continue a session that `Session.save` wrote, on the same bundle.
 
-        Raises UsageError where the file is none or does not fit.
+        Raises:
+            UsageError: the file is no saved session, or one of another bundle.
+            OutOfMemoryError, ClosedError: as `session`.
         """
-        from .snapshot import read
-
         self._check_open()
-        plain, arrays = read(path)
-        session = self.session(plain["prompt"], plain["seed"], settings_from(plain["settings"], str(path)))
+        saved = read(path)
+        if saved.model != self.manifest.fingerprint:
+            raise UsageError(
+                f"{path} was saved with another model than {self.manifest.model!r} as it is in "
+                f"{str(self.manifest.folder)!r}: load the bundle that it was saved with"
+            )
+        session = self.session(saved.prompt, saved.seed, saved.settings)
         try:
-            session.load_state(plain, arrays)
+            session.load_state(saved)
         except BaseException:
             session.close()
             raise

@@ -74,7 +74,11 @@ class Rollout:
         geometry = engine.geometry
         self.geometry = geometry
         self.tensors = engine.open(batch)
-        self.memory = Memory(self.tensors, geometry, settings, observer)
+        try:
+            self.memory = Memory(self.tensors, geometry, settings, observer)
+        except BaseException:
+            self.tensors.close()
+            raise
         self.noise = noise
         self.prompt = prompt
         self.number = 0
@@ -105,6 +109,11 @@ class Rollout:
             self.asked += 1
             bisect.insort(self.pending, Pending(self.frame if at_frame is None else at_frame, number, prompt))
             return number
+
+    def waiting(self) -> tuple[int, list[Pending]]:
+        """Prompts asked for so far, and those of them that wait, at one moment."""
+        with self._lock:
+            return self.asked, list(self.pending)
 
     def advance(self) -> Step:
         """Make the next chunk."""

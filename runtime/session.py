@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Engine, Float32, Prompt
-from .errors import ClosedError, UsageError
+from .errors import ClosedError, StoppedError, UsageError
 from .geometry import Geometry, PolicySettings
-from .noise import PhiloxNoise
+from .noise import PhiloxNoise, checked_seed
+from .memory import Forward
 from .rollout import Rollout
+from .snapshot import Saved, put, save
 
 Encode = Callable[[str], Prompt]
 
@@ -52,21 +53,35 @@ class Chunk:
 class Session:
     """Endless video from prompts. Made by `Pipeline.session`; iterate over it, and close it or use it as a context.
 
-    `prompt` may be called from any thread, also while a chunk is being made; iterate from one thread at a time.
+    Every method may be called from any thread. `prompt` never waits for the chunk that is being made; `save` and
+    `close` do.
+
+    Args:
+        encode: makes prompts of texts.
+        model: names the weights; a saved session goes on only with the same.
     """
 
     def __init__(
-        self, engine: Engine, encode: Encode, settings: PolicySettings, prompt: str | Prompt, seed: int = 0
+        self,
+        engine: Engine,
+        encode: Encode,
+        settings: PolicySettings,
+        prompt: str | Prompt,
+        seed: int = 0,
+        model: str = "",
     ) -> None:
         geometry = engine.geometry
         shape = (1, geometry.chunk, geometry.latent_channels, geometry.latent_height, geometry.latent_width)
         self._encode = encode
         self._settings = settings
-        self._seed = seed
+        self._seed = checked_seed(seed)
+        self._model = model
         self._closed = False
-        noise = PhiloxNoise(seed, shape)
-        noise.draw(0, 0)  # refuses a bad seed now
-        self._rollout = Rollout(engine, settings, self._encoded(prompt), noise)
+        self.interrupt: Callable[[], bool] | None = None
+        """Asked after every run of the backbone; once it says yes, the chunk is given up with StoppedError."""
+        self._running = RLock()
+        """Held while a chunk is made."""
+        self._rollout = Rollout(engine, settings, self._encoded(prompt), PhiloxNoise(self._seed, shape), observer=self._watch)
 
     @property
     def geometry(self) -> Geometry:
@@ -121,16 +136,19 @@ class Session:
         Raises:
             ClosedError: the session was closed.
             EngineError: the engine failed. The session is closed then, for its memory is undefined.
+            StoppedError: `interrupt` said so; the session is closed likewise.
         """
-        self._check_open()
         rollout = self._rollout
-        try:
-            step = rollout.advance()
-            with rollout.memory.clock.stage("decode"):
-                frames = rollout.tensors.decode(step.latents)
-        except BaseException:
-            self.close()
-            raise
+        with self._running:
+            self._check_open()
+            try:
+                step = rollout.advance()
+                with rollout.memory.clock.stage("decode"):
+                    frames = rollout.tensors.decode(step.latents)
+            except BaseException:
+                self.close()
+                raise
+            timings = rollout.memory.clock.take()
         return Chunk(
             index=step.index,
             start=step.start,
@@ -141,30 +159,31 @@ class Session:
             window=step.window,
             mode="" if step.switch is None else step.switch.mode,
             rho=None if step.switch is None else float(step.switch.rho.max()),
-            timings=rollout.memory.clock.take(),
+            timings=timings,
             latents=step.latents[0],
         )
 
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file, from which `Pipeline.restore` goes on byte for byte.
 
-        Raises ClosedError where the session was closed.
+        Raises:
+            UsageError: the file cannot be written, or a prompt was made from embeddings.
+            ClosedError: the session was closed.
         """
-        from .snapshot import save
+        with self._running:
+            self._check_open()
+            save(path, self._rollout, self._seed, self._settings, self._model)
 
-        self._check_open()
-        save(path, self._rollout, {"seed": self._seed, "settings": dataclasses.asdict(self._settings)})
-
-    def load_state(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Take the state that snapshot.read gave. Used by `Pipeline.restore`."""
-        from .snapshot import put
-
-        put(self._rollout, plain, arrays, self._encoded)
+    def load_state(self, saved: Saved) -> None:
+        """Take a saved state of the same model and settings. Used by `Pipeline.restore`; raises UsageError."""
+        with self._running:
+            self._check_open()
+            put(self._rollout, saved, self._encoded)
 
     def close(self) -> None:
-        """Free the session's memory; twice is fine."""
-        if not self._closed:
-            self._closed = True
+        """Free the session's memory, after the chunk that is being made; twice is fine."""
+        self._closed = True  # at once, so that no further chunk begins
+        with self._running:
             self._rollout.close()
 
     def __enter__(self) -> Session:
@@ -174,6 +193,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _watch(self, _: Forward) -> None:
+        if self.interrupt is not None and self.interrupt():
+            raise StoppedError("the chunk was given up, as the session's interrupt asked")
 
     def _encoded(self, prompt: str | Prompt) -> Prompt:
         return prompt if isinstance(prompt, Prompt) else self._encode(prompt)

@@ -5,8 +5,10 @@ A restored session continues byte for byte. Prompts are saved as text and encode
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +18,59 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .engine import Prompt
-from .errors import UsageError
+from .errors import BundleError, SwiftVideoError, UsageError
+from .geometry import PolicySettings
+from .manifest import settings_from
+from .noise import checked_seed
 from .rollout import Pending, Rollout
 
 FORMAT = "swiftvideo-session-1"
 
 
-def save(path: str | Path, rollout: Rollout, extra: dict[str, Any]) -> None:
-    """Write a rollout and `extra`, plain values that `read` gives back.
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """What a file holds."""
 
-    Raises UsageError where a prompt has no text: it was made from embeddings and could not be encoded again.
+    model: str
+    """`Manifest.fingerprint` of the bundle."""
+    seed: int
+    settings: PolicySettings
+    prompt: str
+    """The running one."""
+    number: int
+    """Of the running prompt."""
+    asked: int
+    index: int
+    segment: int
+    pending: list[tuple[int, int, str]]
+    """Frame, number and text of each prompt that waits."""
+    memory: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
+def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings, model: str) -> None:
+    """Write a rollout between two chunks, replacing a file of that name in one step.
+
+    Raises UsageError where a prompt has no text (it was made from embeddings and could not be encoded again), or where
+    the file cannot be written.
     """
-    waiting = [(item.frame, item.number, item.prompt.text) for item in rollout.pending]
-    for text in (rollout.prompt.text, *(text for _, _, text in waiting)):
-        if not text:
+    asked, pending = rollout.waiting()
+    for prompt in (rollout.prompt, *(item.prompt for item in pending)):
+        if not prompt.text:
             raise UsageError(
                 "a prompt of this session was made from embeddings: only prompts with a text can be saved"
             )
     memory, arrays = rollout.memory.export_state()
     plain = {
-        **extra,
+        "model": model,
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
         "prompt": rollout.prompt.text,
         "number": rollout.number,
-        "asked": rollout.asked,
+        "asked": asked,
         "index": rollout.index,
         "segment": rollout.segment,
-        "pending": waiting,
+        "pending": [(item.frame, item.number, item.prompt.text) for item in pending],
         "memory": memory,
     }
     tensors = {f"memory/{name}": value for name, value in arrays.items()}
@@ -49,12 +78,16 @@ def save(path: str | Path, rollout: Rollout, extra: dict[str, Any]) -> None:
     tensors["emitted"] = rollout.emitted
     partial = Path(f"{path}.partial")
     packed = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    save_file(packed, partial, {"format": FORMAT, "session": json.dumps(plain)})
-    partial.replace(path)
+    try:
+        save_file(packed, partial, {"format": FORMAT, "session": json.dumps(plain)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Plain values and arrays of a file that `save` wrote. Raises UsageError where it is none."""
+def read(path: str | Path) -> Saved:
+    """What `save` wrote. Raises UsageError where the file is no saved session."""
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
@@ -63,27 +96,45 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
                     f"{path} has format {header.get('format')!r}, not {FORMAT!r}: it is no saved session"
                 )
             plain: dict[str, Any] = json.loads(header["session"])
-            return plain, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        plain["settings"] = settings_from(plain["settings"], f"{path}: settings")
+        plain["pending"] = [(int(frame), int(number), str(text)) for frame, number, text in plain["pending"]]
+        for name in ("number", "asked", "index", "segment"):
+            plain[name] = int(plain[name])
+        plain["seed"] = checked_seed(plain["seed"])
+        return Saved(**plain, arrays=arrays)
     except FileNotFoundError as error:
         raise UsageError(f"{path} is not there: save a session to it first") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except UsageError:
+        raise
+    except (OSError, SafetensorError, BundleError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no saved session ({error}): save it again") from error
 
 
-def put(
-    rollout: Rollout,
-    plain: dict[str, Any],
-    arrays: dict[str, NDArray[Any]],
-    encode: Callable[[str | Prompt], Prompt],
-) -> None:
-    """Bring a new rollout of the same model and settings into the saved state."""
+def put(rollout: Rollout, saved: Saved, encode: Callable[[str | Prompt], Prompt]) -> None:
+    """Bring a new rollout of the same model and settings into the saved state.
+
+    Raises UsageError, PromptError or IntegrityError where it does not fit; the rollout is of no use then.
+    """
     parts: dict[str, dict[str, NDArray[Any]]] = {"memory": {}, "engine": {}}
-    for name, value in arrays.items():
-        part, _, rest = name.partition("/")
-        if rest:
-            parts[part][rest] = value
-    rollout.tensors.import_state(parts["engine"])
-    rollout.memory.import_state(plain["memory"], parts["memory"])
-    rollout.prompt, rollout.number, rollout.asked = encode(plain["prompt"]), plain["number"], plain["asked"]
-    rollout.index, rollout.segment, rollout.emitted = plain["index"], plain["segment"], arrays["emitted"]
-    rollout.pending = [Pending(frame, number, encode(text)) for frame, number, text in plain["pending"]]
+    rest: dict[str, NDArray[Any]] = {}
+    for name, value in saved.arrays.items():
+        part, _, inner = name.partition("/")
+        parts.get(part, rest)[inner or name] = value
+    try:
+        emitted = rest["emitted"]
+        kept = min(saved.index * rollout.geometry.chunk, rollout.geometry.window)
+        like = (*rollout.emitted.shape[:1], kept, *rollout.emitted.shape[2:])
+        if emitted.shape != like or emitted.dtype != np.float32:
+            raise UsageError(f"emitted is {emitted.dtype} {emitted.shape}, not float32 {like}")
+        rollout.tensors.import_state(parts["engine"])
+        rollout.memory.import_state(saved.memory, parts["memory"])
+        rollout.prompt, rollout.number, rollout.asked = encode(saved.prompt), saved.number, saved.asked
+        rollout.index, rollout.segment, rollout.emitted = saved.index, saved.segment, emitted
+        rollout.pending = [Pending(frame, number, encode(text)) for frame, number, text in saved.pending]
+        if rollout.frame * rollout.geometry.frame_tokens != rollout.memory.cache.global_end:
+            raise UsageError(f"the cache ends elsewhere than chunk {saved.index} begins")
+    except SwiftVideoError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the saved session does not fit together ({error}): save it again") from error

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STAGES = ("condition", "inject", "recache", "denoise", "commit", "decode")
-"""Stages of a chunk. condition: waiting prompts; commit: the context pass and the copy of its rows."""
+STAGES = ("inject", "recache", "denoise", "commit", "decode")
+"""Stages of a chunk. inject, recache: only where a prompt took over; commit: the context pass and its rows' copy."""
 
 
 class Stopwatch:

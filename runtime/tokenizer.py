@@ -39,9 +39,12 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.text_len = text_len
-        self._unknown = model.get("unk_id")
-        if self._unknown is None and model.get("unk_token") is not None:
-            self._unknown = self._tokenizer.token_to_id(model["unk_token"])
+        unknown = model.get("unk_id")
+        if unknown is None and model.get("unk_token") is not None:
+            unknown = self._tokenizer.token_to_id(model["unk_token"])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._refused = {unknown, *(token for token, item in added.items() if item.special)}
+        """Ids that no word of a prompt may have."""
         pad = self._tokenizer.token_to_id("<pad>")
         self._pad = 0 if pad is None else pad
 
@@ -62,10 +65,18 @@ class PromptTokenizer:
         text = " ".join(prompt.split())
         if not text:
             raise PromptError(f"the prompt {prompt!r} is empty: say what the video should show")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt {text[:40]!r} is no Unicode text ({error}): remove that") from error
         encoding = self._tokenizer.encode(text)
         ids = encoding.ids
+        if all(encoding.special_tokens_mask):
+            raise PromptError(f"the prompt {text[:40]!r} has no words: say what the video should show")
         unknown = {
-            text[a:b] for token, (a, b) in zip(ids, encoding.offsets, strict=True) if token == self._unknown
+            text[a:b]
+            for token, (a, b), special in zip(ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+            if token in self._refused and not special  # those that the tokenizer itself adds are fine
         }
         if unknown:
             raise PromptError(self._explain(sorted(unknown)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +17,33 @@ from swiftvideo.runtime.geometry import Geometry
 Array = NDArray[Any]
 
 
-def available_memory() -> int | None:
-    """Bytes that this machine can still give without swapping; None where it does not say."""
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this machine, or its container, can still give without swapping; None where neither says.
+
+    root: of the file system that says it.
+    """
+    free = []
+    if match := re.search(r"^MemAvailable: +(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE):
+        free.append(int(match[1]) * 1024)
+    group = root / "sys/fs/cgroup"
+    limit, used = _text(group / "memory.max").strip(), _text(group / "memory.current").strip()
+    if limit.isdigit() and used.isdigit():  # the limit is "max" where there is none
+        idle = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+        free.append(max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
+    return min(free, default=None)
+
+
+def _text(path: Path) -> str:
+    """Contents of a small file, empty where there is none."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        return path.read_text(encoding="ascii")
     except OSError:
-        return None
-    return None
+        return ""
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, what: str) -> Array:
@@ -71,7 +91,6 @@ class HostCache:
         """See `EngineSession.place_sink`."""
         if self._sink_k is None:
             self._sink_k = self.k[:, :, self._sink].copy()
-        self.k[:, :, self._sink] = self._sink_k
         _rotate(self._sink_k, self.k[:, :, self._sink], cos, sin)
 
     def place_memory(self, cos: Float64, sin: Float64) -> None:
@@ -104,9 +123,10 @@ class HostCache:
 
 
 def _rotate(source: Array, target: Array, cos: Float64, sin: Float64) -> None:
-    """target's time pairs, the first of each head = source's, rotated in float64: [..., d]."""
+    """target's time pairs, the first of each head = source's, rotated in float64: [L,...,d], layer by layer."""
     width = 2 * len(cos)
-    even = source[..., 0:width:2].astype(np.float64)
-    odd = source[..., 1:width:2].astype(np.float64)
-    target[..., 0:width:2] = even * cos - odd * sin
-    target[..., 1:width:2] = even * sin + odd * cos
+    for old, new in zip(source, target, strict=True):
+        even = old[..., 0:width:2].astype(np.float64)
+        odd = old[..., 1:width:2].astype(np.float64)
+        new[..., 0:width:2] = even * cos - odd * sin
+        new[..., 1:width:2] = even * sin + odd * cos

@@ -6,7 +6,6 @@ data. Cache rows are numpy arrays that the graphs read in place.
 
 from __future__ import annotations
 
-import os
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,7 +25,7 @@ from swiftvideo.runtime.errors import (
 from swiftvideo.runtime.geometry import Geometry
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
 
-from .host import HostCache
+from .host import HostCache, usable_cores
 
 Array = NDArray[Any]
 
@@ -57,7 +56,7 @@ class OnnxRuntimeEngine:
             raise UsageError(f"threads is {threads}: use at least 1, or None for every core")
         self.geometry: Geometry = manifest.geometry
         self.dtype = DTYPES[manifest.dtype]
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self._sessions = _open_graphs(manifest, self.threads)
         self.vae_inputs = [name for name in self._inputs("decode") if name != "latents"]
 
@@ -82,11 +81,7 @@ class OnnxRuntimeEngine:
         try:
             results: list[Array] = session.run(outputs, feeds)
         except Exception as error:  # its exceptions share no base class
-            if "allocate memory" in str(error):
-                raise OutOfMemoryError(
-                    f"ONNX Runtime found no memory in {graph} ({error}): close other sessions, or use a smaller model"
-                ) from error
-            raise EngineError(f"ONNX Runtime failed in {graph}: {error}") from error
+            raise _failure(f"ONNX Runtime failed in {graph}", error) from error
         return results
 
     def session(self, graph: str) -> Any:
@@ -117,7 +112,7 @@ class OnnxRuntimeSession:
         self._cache: HostCache | None = HostCache(engine.geometry, batch, engine.dtype)
         self._latents: Float32 | None = None
         self._x0: Float32 | None = None
-        self._fresh: tuple[Array, Array] | None = None
+        self._fresh: list[Array] = []
         self._vae: list[Any] | None = None
 
     def load(self, latents: Float32) -> None:
@@ -149,10 +144,13 @@ class OnnxRuntimeSession:
             "cross_k": prompt.cross[0],
             "cross_v": prompt.cross[1],
         }
-        outputs = ["fresh_k", "fresh_v", "x0"] + ([] if noise is None else ["next_latents"])
-        fresh_k, fresh_v, self._x0, *following = self._engine.run("denoise", outputs, feeds)
-        self._fresh = (fresh_k, fresh_v)
-        self._latents = following[0] if following else self._x0
+        if noise is None:
+            outputs = ["x0", "fresh_k", "fresh_v"]
+            self._x0, *self._fresh = self._engine.run("denoise", outputs, feeds)
+            self._latents = self._x0
+        else:  # every output that is asked for is copied
+            self._x0, self._latents = self._engine.run("denoise", ["x0", "next_latents"], feeds)
+            self._fresh = []
 
     def x0(self) -> Float32:
         """See `EngineSession.x0`."""
@@ -162,8 +160,8 @@ class OnnxRuntimeSession:
 
     def commit(self, ranges: Int32) -> None:
         """See `EngineSession.commit`."""
-        if self._fresh is None:
-            raise UsageError("there is nothing to commit: call denoise() first")
+        if not self._fresh:
+            raise UsageError("there is nothing to commit: call denoise() without noise first")
         self._open().commit(ranges, *self._fresh)
 
     def inject(
@@ -223,12 +221,23 @@ class OnnxRuntimeSession:
             raise UsageError(
                 f"the saved state has {len(saved)} of {len(names)} VAE caches: it is not of this bundle"
             )
+        for item in self._engine.session("decode").get_inputs() if saved else ():
+            like, value = item.shape, state.get(item.name)
+            if value is not None and (
+                value.ndim != len(like)
+                or any(isinstance(a, int) and a != b for a, b in zip(like, value.shape, strict=True))
+            ):
+                raise UsageError(
+                    f"{item.name} of the saved state is {list(value.shape)}, this model has {like}: "
+                    "restore it with the bundle that it was saved from"
+                )
         self._open().import_state(state)
         self._vae = [state[name] for name in saved] or None
 
     def close(self) -> None:
         """See `EngineSession.close`."""
-        self._cache = self._latents = self._x0 = self._fresh = self._vae = None
+        self._cache = self._latents = self._x0 = self._vae = None
+        self._fresh = []
 
     def _open(self) -> HostCache:
         if self._cache is None:
@@ -258,6 +267,8 @@ def _open_graphs(manifest: Manifest, threads: int) -> dict[str, Any]:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Each graph has threads of its own: those of one must not spin while another runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if used:
             buffers = [blobs[item] for item in used]
             options.add_external_initializers_from_files_in_memory(
@@ -266,5 +277,15 @@ def _open_graphs(manifest: Manifest, threads: int) -> dict[str, Any]:
         try:
             sessions[graph] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot open {name} of the bundle: {error}") from error
+            raise _failure(f"ONNX Runtime cannot open {name} of the bundle", error) from error
     return sessions
+
+
+def _failure(what: str, error: Exception) -> EngineError:
+    """ONNX Runtime's error as one of ours. It tells of missing memory only in words."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text:
+        return OutOfMemoryError(
+            f"{what}: no memory ({text}); close other sessions, or use a smaller model or resolution"
+        )
+    return EngineError(f"{what}: {text}; 'swiftvideo verify BUNDLE' checks the graphs")

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftvideo.runtime import (
+    BundleError,
+    BundleIntegrityError,
+    BundleMissingError,
+    BundleVersionError,
+    Geometry,
+    Manifest,
+    OutOfMemoryError,
+    PolicySettings,
+    SettingsError,
+    load,
+    manifest as module,
+)
+from swiftvideo.runtime.manifest import SCHEMA, ScheduleInfo, Source, measure_files
+
+SMALL = Geometry(2, 2, 12, 16, 8, 8, 16, 32)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a valid manifest of two small files."""
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "tokenizer.json").write_bytes(b"words")
+    (tmp_path / "onnx/denoise.onnx").write_bytes(bytes(range(256)) * 40)
+    Manifest(
+        model="small",
+        dtype="fp32",
+        geometry=SMALL,
+        policy=PolicySettings(positions="absolute"),
+        schedule=ScheduleInfo((1000.0, 937.5, 833.3333, 625.0), (1.0, 0.9, 0.8, 0.6)),
+        source=Source("random", "0" * 64),
+        text_encoder="none",
+        files=measure_files(tmp_path),
+    ).save(tmp_path)
+    return tmp_path
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return folder
+
+
+def test_a_manifest_comes_back_as_it_was_saved(saved: Path) -> None:
+    manifest = Manifest.load(saved)
+    assert manifest.geometry == SMALL and manifest.policy == PolicySettings(positions="absolute")
+    assert manifest.folder == saved and manifest.schema == SCHEMA
+    assert manifest.save(saved / "copy") == manifest
+    assert (saved / "copy/manifest.json").read_bytes() == (saved / "manifest.json").read_bytes()
+    assert sorted(manifest.files) == ["onnx/denoise.onnx", "tokenizer.json"]
+    assert bytes(manifest.read_file("onnx/denoise.onnx")) == bytes(range(256)) * 40
+    assert manifest.read_file("tokenizer.json").readonly
+    manifest.verify_all()
+
+
+def test_a_fingerprint_tells_bundles_apart_by_their_files_only(saved: Path) -> None:
+    manifest = Manifest.load(saved)
+    assert dataclasses.replace(manifest, model="other").fingerprint == manifest.fingerprint
+    (saved / "tokenizer.json").write_bytes(b"wordz")
+    assert dataclasses.replace(manifest, files=measure_files(saved)).fingerprint != manifest.fingerprint
+
+
+@pytest.mark.parametrize("where", ["nothing", "manifest.json"])
+def test_a_missing_bundle_is_named(saved: Path, where: str) -> None:
+    (saved / "manifest.json").unlink() if where == "nothing" else None
+    target = saved if where == "nothing" else saved / where
+    with pytest.raises(BundleMissingError, match=r"no bundle at '.*swiftvideo export") as caught:
+        Manifest.load(target)
+    assert str(target) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda d: d.update(schema=2), BundleVersionError, r"schema 2 and this version .* reads 1: export"),
+        (lambda d: d.update(schema=0), BundleVersionError, r"schema 0"),
+        (lambda d: d.update(schema=True), BundleVersionError, r"schema True"),
+        (lambda d: d.pop("schema"), BundleVersionError, r"schema None"),
+        (lambda d: d.update(sound=1), BundleVersionError, r"unknown keys 'sound'; .*newer version"),
+        (lambda d: d["policy"].update(mood=1), BundleVersionError, r"policy: unknown keys 'mood'"),
+        (lambda d: d.pop("geometry"), BundleIntegrityError, r"keys 'geometry' are missing; export it again"),
+        (lambda d: d.update(model=3), BundleIntegrityError, r"model is 3, which is no <class 'str'>"),
+        (lambda d: d.update(dtype="int8"), BundleIntegrityError, r"dtype is 'int8'"),
+        (
+            lambda d: d.update(geometry=[1]),
+            BundleIntegrityError,
+            r"geometry: \[1\] where an object is needed",
+        ),
+        (lambda d: d["geometry"].update(layers="2"), BundleIntegrityError, r"geometry: layers is '2'"),
+        (
+            lambda d: d["geometry"].update(layers=0),
+            BundleIntegrityError,
+            r"layers is 0: it must be at least 1",
+        ),
+        (lambda d: d["geometry"].update(heads=-2), BundleIntegrityError, r"heads is -2"),
+        (lambda d: d["geometry"].update(head_dim=7), BundleIntegrityError, r"head_dim is 7"),
+        (lambda d: d["geometry"].update(patch=[1, 2]), BundleIntegrityError, r"patch is \[1, 2\]"),
+        (lambda d: d["geometry"].update(patch=[1, 0, 2]), BundleIntegrityError, r"patch is \(1, 0, 2\)"),
+        (
+            lambda d: d["geometry"].update(latent_width=7),
+            BundleIntegrityError,
+            r"latent_width is 7.*patch, 2",
+        ),
+        (
+            lambda d: d["geometry"].update(sink=4),
+            BundleIntegrityError,
+            r"sink is 4 and chunk is 3: a sink larger",
+        ),
+        (lambda d: d["geometry"].update(window=2), BundleIntegrityError, r"window 2, sink 3"),
+        (lambda d: d["geometry"].update(steps=3), BundleIntegrityError, r"4 steps and geometry.steps is 3"),
+        (lambda d: d["policy"].update(policy="guess"), BundleIntegrityError, r"policy is 'guess'"),
+        (lambda d: d["files"]["tokenizer.json"].update(sha256="0"), BundleIntegrityError, r"sha256 is '0'"),
+        (lambda d: d["files"]["tokenizer.json"].update(size=-1), BundleIntegrityError, r"size is -1"),
+        (
+            lambda d: d["files"].update({"../x": d["files"]["tokenizer.json"]}),
+            BundleIntegrityError,
+            r"'../x'",
+        ),
+        (
+            lambda d: d["files"].update({"/etc/x": d["files"]["tokenizer.json"]}),
+            BundleIntegrityError,
+            r"/etc/x",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    saved: Path, change: Callable[[dict[str, Any]], Any], kind: type[BundleError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        Manifest.load(changed(saved, change))
+    assert str(saved / "manifest.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
+def test_a_manifest_that_is_no_json_is_refused(saved: Path, text: str) -> None:
+    (saved / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BundleIntegrityError, match=r"is not JSON .*export the bundle again"):
+        Manifest.load(saved)
+
+
+def test_a_manifest_must_be_an_object(saved: Path) -> None:
+    (saved / "manifest.json").write_text("[1]")
+    with pytest.raises(BundleIntegrityError, match="holds list, not an object"):
+        Manifest.load(saved)
+
+
+@pytest.mark.parametrize("index", [0, 5119, 10239])
+def test_a_flipped_byte_is_found(saved: Path, index: int) -> None:
+    path = saved / "onnx/denoise.onnx"
+    data = bytearray(path.read_bytes())
+    data[index] ^= 1
+    path.write_bytes(data)
+    manifest = Manifest.load(saved)
+    for check in (lambda: manifest.read_file("onnx/denoise.onnx"), manifest.verify_all):
+        with pytest.raises(
+            BundleIntegrityError, match=r"denoise.onnx was changed: its SHA-256 is not .*copy"
+        ):
+            check()
+
+
+@pytest.mark.parametrize("size", [0, 10239, 10241])
+def test_another_size_is_found(saved: Path, size: int) -> None:
+    path = saved / "onnx/denoise.onnx"
+    path.write_bytes((path.read_bytes() + b"x")[:size])
+    with pytest.raises(BundleIntegrityError, match=r"does not have the 10240 bytes"):
+        Manifest.load(saved).read_file("onnx/denoise.onnx")
+
+
+def test_a_file_that_is_gone_or_not_listed_is_named(saved: Path) -> None:
+    manifest = Manifest.load(saved)
+    with pytest.raises(BundleMissingError, match=r"lists no 'onnx/x.onnx': it has onnx/denoise.onnx, tok"):
+        manifest.read_file("onnx/x.onnx")
+    (saved / "onnx/denoise.onnx").unlink()
+    with pytest.raises(BundleMissingError, match=r"denoise.onnx is listed .* not there: copy"):
+        manifest.read_file("onnx/denoise.onnx")
+    (saved / "onnx/denoise.onnx").mkdir()
+    with pytest.raises(BundleMissingError, match=r"not there"):
+        manifest.verify_all()
+
+
+def test_an_unsaved_manifest_has_no_files_to_read(saved: Path) -> None:
+    with pytest.raises(BundleMissingError, match="belongs to no folder yet"):
+        dataclasses.replace(Manifest.load(saved), folder=None).read_file("tokenizer.json")
+
+
+def test_a_file_beyond_the_memory_is_our_error(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> bytearray:
+        raise MemoryError
+
+    monkeypatch.setattr(module, "bytearray", full, raising=False)
+    with pytest.raises(OutOfMemoryError, match="needs 5 bytes of memory"):
+        Manifest.load(saved).read_file("tokenizer.json")
+
+
+def test_a_sink_beyond_a_chunk_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"sink is 4 and chunk is 3.*lower the sink or raise the chunk"):
+        dataclasses.replace(SMALL, sink=4)
+
+
+def test_load_refuses_a_bundle_with_any_byte_flipped(tiny_bundle: Path, tmp_path: Path) -> None:
+    names = sorted(Manifest.load(tiny_bundle).files)
+    assert "tokenizer.json" in names and "onnx/denoise.onnx" in names
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        for other in ["manifest.json", *names]:
+            (folder / other).parent.mkdir(parents=True, exist_ok=True)
+            if other != name:
+                (folder / other).symlink_to((tiny_bundle / other).resolve())
+        shutil.copyfile(tiny_bundle / name, folder / name)
+        data = bytearray((folder / name).read_bytes())
+        if not data:  # of a graph without weights
+            continue
+        data[len(data) // 2] ^= 0x10
+        (folder / name).write_bytes(data)
+        with pytest.raises(BundleIntegrityError, match=rf"{name} was changed"):
+            load(folder, threads=1)
+        (folder / name).unlink()
+        with pytest.raises(BundleMissingError, match=rf"{name} is listed in the manifest and not there"):
+            load(folder, threads=1)

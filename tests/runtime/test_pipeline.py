@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swiftvideo.runtime import (
+    BundleError,
+    BundleMissingError,
+    ClosedError,
+    EngineError,
+    EngineUnavailableError,
+    Manifest,
+    OutOfMemoryError,
+    Pipeline,
+    PolicySettings,
+    SettingsError,
+    UsageError,
+    load,
+    pipeline as module,
+)
+from swiftvideo.runtime.engines import host, onnxruntime as ort_engine
+from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from swiftvideo.runtime.positions import rotation, time_tables
+
+
+def test_load_opens_the_embedded_model_or_says_how_to_get_one(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EMBEDDED", tiny_bundle)
+    with load() as opened:
+        assert opened.manifest.folder == tiny_bundle and opened.engine.name == "onnxruntime"
+    monkeypatch.setattr(module, "EMBEDDED", tmp_path)
+    with pytest.raises(BundleMissingError, match=r"no bundle at .*swiftvideo export"):
+        load()
+
+
+def test_load_takes_a_path_as_text(tiny_bundle: Path, pipeline: Pipeline) -> None:
+    with load(str(tiny_bundle), "onnxruntime", 2) as opened:
+        assert opened.geometry == pipeline.geometry and opened.settings == opened.manifest.policy
+        assert isinstance(opened.engine, OnnxRuntimeEngine) and opened.engine.threads == 2
+        assert "red" in opened.words
+
+
+@pytest.mark.parametrize(
+    ("engine", "threads", "kind", "message"),
+    [
+        ("quantum", None, SettingsError, r"engine is 'quantum': use 'auto' or 'onnxruntime'"),
+        ("tensorrt", None, EngineUnavailableError, r"use engine='onnxruntime'"),
+        ("auto", 0, UsageError, r"threads is 0: use at least 1"),
+    ],
+)
+def test_load_refuses_what_it_cannot_run(
+    tiny_bundle: Path, engine: str, threads: int | None, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        load(tiny_bundle, engine, threads)
+
+
+def test_a_dtype_that_the_cpu_lacks_is_refused(tiny_bundle: Path) -> None:
+    manifest = dataclasses.replace(Manifest.load(tiny_bundle), dtype="bf16")
+    with pytest.raises(EngineUnavailableError, match=r"is bf16.*--dtype fp32"):
+        OnnxRuntimeEngine(manifest, 1)
+
+
+def test_a_bundle_may_be_partial_until_a_part_is_used(tiny_bundle: Path) -> None:
+    whole = Manifest.load(tiny_bundle)
+    files = {name: entry for name, entry in whole.files.items() if "text_encoder" not in name}
+    partial = dataclasses.replace(whole, files=files)
+    with Pipeline(OnnxRuntimeEngine(partial, 1), partial) as opened:
+        with pytest.raises(BundleError, match=r"no graph 'text_encoder', only condition"):
+            opened.encode("a red circle")
+    bare = dataclasses.replace(whole, files={})
+    with pytest.raises(BundleMissingError, match=r"lists no tokenizer.json: export it again"):
+        Pipeline(OnnxRuntimeEngine(bare, 1), bare)
+
+
+def test_a_closed_pipeline_refuses_work_and_ends_its_sessions(
+    tiny_bundle: Path, texts: tuple[str, ...]
+) -> None:
+    opened = load(tiny_bundle, threads=1)
+    session = opened.session(texts[0])
+    next(session)
+    opened.close()
+    opened.close()
+    for call in (opened.encode, opened.session, opened.restore):
+        with pytest.raises(ClosedError, match="this pipeline was closed: load the bundle again"):
+            call(texts[0])
+    with pytest.raises(ClosedError, match="closed: load the bundle again"):
+        next(session)
+    assert session.closed
+
+
+def test_policies_go_by_name_or_by_settings(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+    given = PolicySettings(policy="cut", global_sink=False)
+    for policy, expected in (
+        (None, pipeline.settings),
+        ("keep", dataclasses.replace(pipeline.settings, policy="keep")),
+        (given, given),
+    ):
+        with pipeline.session(texts[0], policy=policy) as session:
+            assert session.settings == expected
+    with pytest.raises(SettingsError, match=r"policy is 'forget': use 'swift', 'recache', 'keep' or 'cut'"):
+        pipeline.session(texts[0], policy="forget")
+
+
+def test_an_encoded_prompt_serves_several_sessions(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+    prompt = pipeline.encode(texts[0])
+    assert prompt.text == texts[0] and prompt.signature.shape == (1, pipeline.geometry.dim)
+    with pipeline.session(prompt, 3) as a, pipeline.session(texts[0], 3) as b:
+        np.testing.assert_array_equal(next(a).latents, next(b).latents)
+
+
+# -- memory that is not there ------------------------------------------------------------------------------------
+
+
+def test_a_session_beyond_the_free_memory_is_refused(
+    pipeline: Pipeline, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = pipeline.geometry
+    size = 2 * g.layers * g.rows * g.dim * 4
+    monkeypatch.setattr(host, "available_memory", lambda: size - 1)
+    with pytest.raises(OutOfMemoryError, match=r"needs \d+ MiB and \d+ MiB are free: close other sessions"):
+        pipeline.session(texts[0])
+    monkeypatch.setattr(host, "available_memory", lambda: size)
+    pipeline.session(texts[0]).close()
+
+
+def test_a_failing_allocation_is_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_memory", lambda: None)
+    with pytest.raises(OutOfMemoryError, match=r"a test needs 8589934592 MiB and too few are free"):
+        host.zeros((1 << 50,), np.float64, "a test")
+
+
+@pytest.mark.parametrize(
+    "text", ["Failed to allocate memory for requested buffer of size 9", "std::bad_alloc"]
+)
+def test_missing_memory_inside_the_engine_is_told_apart(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    class Session:
+        def run(self, *_: Any) -> None:
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(pipeline.engine, "session", lambda graph: Session())
+    with pytest.raises(OutOfMemoryError, match=rf"failed in text_encoder: no memory \({text}"):
+        pipeline.encode("a red circle")
+    text = "shapes differ"
+    with pytest.raises(EngineError, match="shapes differ") as caught:
+        pipeline.encode("a red circle")
+    assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_a_session_whose_settings_do_not_fit_leaves_nothing_open(
+    pipeline: Pipeline, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    monkeypatch.setattr(ort_engine.OnnxRuntimeSession, "close", closed.append)
+    settings = PolicySettings(anchors=dataclasses.replace(PolicySettings().anchors, max=99))
+    with pytest.raises(SettingsError, match=r"anchors.max is 99 and the model keeps 4 anchor rows: lower"):
+        pipeline.session(texts[0], policy=settings)
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7168),
+        ({"proc/meminfo": "MemAvailable: 7 kB\n", "max": "max\n", "current": "5\n"}, 7168),
+        ({"proc/meminfo": "MemAvailable: 7 kB\n", "max": "6000\n", "current": "5000\n"}, 1000),
+        ({"max": "6000\n", "current": "5000\n", "stat": "anon 1\ninactive_file 200\n"}, 1200),
+        ({"max": "6000\n", "current": "7000\n"}, 0),
+    ],
+)
+def test_free_memory_is_the_machine_s_or_the_container_s(
+    tmp_path: Path, files: dict[str, str], free: int | None
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / (name if "/" in name else f"sys/fs/cgroup/memory.{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert host.available_memory(tmp_path) == free
+
+
+# -- the host's cache --------------------------------------------------------------------------------------------
+
+
+def test_placing_the_sink_turns_its_keys_to_other_frames(pipeline: Pipeline) -> None:
+    g = pipeline.geometry
+    cache = host.HostCache(g, 1, np.float32)
+    plain = np.random.default_rng(0).standard_normal(cache.k.shape).astype(np.float32)
+    width, tokens = 2 * g.time_pairs, g.sink * g.frame_tokens
+
+    def standing_at(first: int) -> np.ndarray[Any, Any]:
+        """`plain`, with the sink's frames rotated in time to first, first + 1, ..."""
+        rows = plain.copy()
+        cos, sin = (
+            np.repeat(t, g.frame_tokens, 0)[:, None] for t in time_tables(first, g.sink, g.time_pairs)
+        )
+        part = rows[:, :, g.memory_rows : g.memory_rows + tokens]
+        even, odd = part[..., 0:width:2].copy(), part[..., 1:width:2].copy()
+        part[..., 0:width:2], part[..., 1:width:2] = even * cos - odd * sin, even * sin + odd * cos
+        return rows
+
+    cache.k[...] = standing_at(0)
+    for frames in (3, 1_000_000, 0, 7):
+        cache.place_sink(*rotation(frames, g.time_pairs))
+        np.testing.assert_allclose(cache.k, standing_at(frames), atol=2e-6)
+    fresh = np.zeros((g.layers, 1, tokens, g.heads, g.head_dim), np.float32)
+    cache.commit(np.array([[0, g.memory_rows, tokens]], np.int32), fresh, fresh)
+    cache.place_sink(*rotation(5, g.time_pairs))
+    assert not cache.k[
+        :, :, g.memory_rows : g.memory_rows + tokens
+    ].any()  # the new sink was placed, not the old

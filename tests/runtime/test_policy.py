@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swiftvideo.runtime import (
+    AnchorSettings,
+    BridgeSettings,
+    Geometry,
+    Pipeline,
+    PolicySettings,
+    Prompt,
+    SettingsError,
+    WindowSettings,
+)
+from swiftvideo.runtime.memory import switch_strength, window_frames
+from tests.runtime.watch import Run, turned
+
+PLAIN = WindowSettings(enabled=False)
+SWIFT = PolicySettings(window=PLAIN)
+
+
+@pytest.fixture(scope="module")
+def prompts(pipeline: Pipeline, texts: tuple[str, ...]) -> tuple[Prompt, Prompt]:
+    return pipeline.encode(texts[0]), pipeline.encode(texts[1])
+
+
+def started(pipeline: Pipeline, prompt: Prompt, chunks: int = 5, **settings: Any) -> Run:
+    run = Run(pipeline.engine, prompt, dataclasses.replace(SWIFT, **settings))
+    run.chunks(chunks)
+    return run
+
+
+# -- window and strength -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("since", "ahead", "frames"),
+    [
+        (0, None, 12),
+        (3, None, 11),
+        (9, None, 10),
+        (36, None, 8),
+        (90, None, 7),
+        (90, 9, 9),
+        (90, 3, 11),
+        (90, 0, 12),
+    ],
+)
+def test_the_window_shrinks_after_a_switch_and_grows_before_one(
+    since: int, ahead: int | None, frames: int
+) -> None:
+    g = Geometry(2, 2, 12, 16, 8, 8, 16, 32)
+    upcoming = None if ahead is None else 100 + ahead
+    assert window_frames(WindowSettings(), g, 100, 100 - since, upcoming) == frames
+
+
+@pytest.mark.parametrize(
+    ("settings", "since", "ahead", "frames"),
+    [
+        (WindowSettings(enabled=False), 90, None, 12),
+        (WindowSettings(min_size=9), 90, None, 9),
+        (WindowSettings(min_size=1), 90, None, 4),  # never without one frame beyond the sink
+        (WindowSettings(min_size=40), 90, None, 12),
+        (WindowSettings(min_size=None), 90, None, 6),
+        (WindowSettings(tau_post=90.0), 90, None, 9),
+        (WindowSettings(tau_post=None), 12, None, 9),
+        (WindowSettings(tau_post=0.0), 3, None, 7),
+        (WindowSettings(tau_post=0.0), 0, None, 12),
+        (WindowSettings(tau_pre=90.0), 900, 90, 9),
+        (WindowSettings(tau_pre=None), 900, 6, 9),
+        (WindowSettings(tau_pre=0.0), 900, 3, 7),
+    ],
+)
+def test_every_setting_of_the_window(
+    settings: WindowSettings, since: int, ahead: int | None, frames: int
+) -> None:
+    g = Geometry(2, 2, 12, 16, 8, 8, 16, 32)
+    assert window_frames(settings, g, 900, 900 - since, None if ahead is None else 900 + ahead) == frames
+
+
+def test_the_window_limits_the_keys(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = Run(pipeline.engine, prompts[0], PolicySettings())
+    steps = run.chunks(14)
+    g, each = pipeline.geometry, pipeline.geometry.steps + 1
+    assert steps[-1].window == 8 and steps[0].window == g.window
+    for index, step in enumerate(steps):
+        keys = min(step.window, (index + 1) * g.chunk) * g.frame_tokens
+        assert {forward.keys for forward in run.forwards[each * index : each * (index + 1)]} == {keys}
+
+
+@pytest.mark.parametrize(("angle", "rho"), [(0, 0), (60, 0.5), (90, 1), (180, 1)])
+def test_strength_is_one_minus_the_cosine(angle: float, rho: float) -> None:
+    turn = np.radians(angle)
+    old = np.array([[3, 0], [0, 2]], np.float32)
+    new = np.array([[np.cos(turn), np.sin(turn)], [np.sin(turn) * 5, np.cos(turn) * 5]], np.float32)
+    np.testing.assert_allclose(switch_strength(old, new), [rho, rho], atol=1e-6)
+    np.testing.assert_array_equal(switch_strength(np.zeros((1, 2), np.float32), old[:1]), [1])
+
+
+# -- what each policy does ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rho", "mode", "recached"),
+    [
+        (0.0, "bridge-only", 0),
+        (0.69, "bridge-only", 0),
+        (0.71, "bridge+micro-recache", 3),
+        (0.79, "bridge+micro-recache", 3),
+        (0.81, "full-recache", 12),
+        (1.0, "full-recache", 12),
+    ],
+)
+def test_swift_chooses_by_strength(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], rho: float, mode: str, recached: int
+) -> None:
+    run = started(pipeline, prompts[0])
+    step = run.switch(turned(prompts[0], prompts[1], rho))
+    g = pipeline.geometry
+    start = 5 * g.chunk
+    assert step.switch.mode == mode and step.switch.frame == start
+    assert step.switch.rho == pytest.approx(rho, abs=1e-6) and step.switch.strength == step.switch.rho
+    before = run.forwards[: -(g.steps + 1)]
+    assert [(f.start, f.frames, f.step, f.force_sink) for f in before] == (
+        [(start - recached, recached, g.steps, False)] if recached else []
+    )
+    # The anchor is taken under the old prompt before anything is written, and shown after any recache.
+    names = run.tensors.names()
+    assert names.count("inject") == 1 and names[0] == "inject"
+    chunk = run.forwards[-1]
+    assert chunk.keys == g.window * g.frame_tokens and run.cache.anchors == 1
+    assert run.cache.has_bridge == (mode != "full-recache")
+    shown = sum(n for a, n in run.tensors.named("denoise")[-1][4].tolist() if n and a < g.memory_rows)
+    assert shown == (1 if mode == "full-recache" else 3)
+    if recached:
+        _, _, _, _, segments, prompt = run.tensors.named("denoise")[0]
+        assert prompt.text == prompts[1].text  # the recache already reads the new prompt
+        rows = 2 if mode != "full-recache" else 0  # the new bridge is seen, the new anchor is not yet
+        memory_rows = [(a, n) for a, n in segments.tolist() if n and a < g.memory_rows]
+        assert sum(n for _, n in memory_rows) == rows
+
+
+def test_memory_rows_are_keys_in_place_of_the_oldest_tokens(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    run = started(pipeline, prompts[0])
+    run.switch(turned(prompts[0], prompts[1], 0.3))
+    segments = run.tensors.named("denoise")[0][4]
+    g = pipeline.geometry
+    rows = np.concatenate([np.arange(a, a + n) for a, n in segments.tolist() if n])
+    assert len(rows) == len(set(rows)) == g.window * g.frame_tokens
+    assert set(rows[rows < g.memory_rows]) == {0, 1, 2}  # both tokens of the bridge and one anchor
+    sink = g.memory_rows + np.arange(g.sink * g.frame_tokens)
+    fresh = g.rows + np.arange(g.chunk * g.frame_tokens)
+    assert set(sink) <= set(rows) and set(fresh) <= set(rows)
+
+
+def test_keep_changes_only_the_text(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = started(pipeline, prompts[0], policy="keep", positions="absolute")
+    k, v = run.rows()
+    state = run.cache.state()
+    run.rollout.ask(prompts[1])
+    run.tensors.calls.clear()
+    switch, _ = run.rollout._take_over(run.rollout.frame)
+    assert switch is not None and switch.mode == "keep" and run.rollout.prompt is prompts[1]
+    assert run.cache.state() == state and not run.tensors.calls
+    for before, after in zip((k, v), run.rows(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    run.chunks(1)
+    assert all(call[5] is prompts[1] for call in run.tensors.named("denoise"))
+    assert run.cache.anchors == 0 and not run.cache.has_bridge
+    assert run.rollout.segment == 15
+
+
+def test_cut_forgets_everything(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = started(pipeline, prompts[0], policy="cut")
+    step = run.switch(prompts[1])
+    g = pipeline.geometry
+    tokens = g.chunk * g.frame_tokens
+    assert step.switch.mode == "cut" and not run.tensors.named("inject")
+    assert [f.keys for f in run.forwards] == [tokens] * (g.steps + 1)
+    assert (run.cache.base, run.cache.local_end) == (15 * g.frame_tokens, tokens)
+    # Nothing of the first prompt's frames is left: another past gives the same chunk.
+    other = Run(
+        pipeline.engine, turned(prompts[1], prompts[0], 0.5), dataclasses.replace(SWIFT, policy="cut")
+    )
+    other.rollout.noise = Shifted(5, run.rollout.noise, before=99)
+    other.chunks(5)
+    np.testing.assert_array_equal(other.switch(prompts[1]).latents, step.latents)
+    assert [s.window for s in run.chunks(4)] == [g.window] * 4
+
+
+def test_recache_always_runs_the_whole_window_again(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = started(pipeline, prompts[0], policy="recache")
+    emitted = run.rollout.emitted
+    step = run.switch(turned(prompts[0], prompts[1], 0.0))
+    g = pipeline.geometry
+    assert step.switch.mode == "full-recache" and step.switch.strength == 1.0 and step.switch.rho < 1e-6
+    first = run.forwards[0]
+    assert (first.start, first.frames, first.step, first.keys) == (
+        15 - g.window,
+        g.window,
+        g.steps,
+        g.window * g.frame_tokens,
+    )
+    assert not run.tensors.named("inject") and run.cache.anchors == 0 and not run.cache.has_bridge
+    loaded = run.tensors.named("load")[0][0]
+    np.testing.assert_array_equal(loaded, emitted)
+    np.testing.assert_array_equal(run.rollout.emitted, np.concatenate((emitted, step.latents), 1)[:, -g.window :])
+
+
+def test_a_switch_before_the_first_chunk_finds_nothing_to_remember(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    for policy in ("swift", "recache", "keep", "cut"):
+        run = Run(pipeline.engine, prompts[0], dataclasses.replace(SWIFT, policy=policy))
+        run.switch(turned(prompts[0], prompts[1], 0.9))
+        plain = Run(pipeline.engine, prompts[1], SWIFT)
+        np.testing.assert_array_equal(run.rollout.emitted, plain.chunks(1)[0].latents)
+        assert run.cache.anchors == 0 and not run.cache.has_bridge
+
+
+def test_policies_other_than_swift_look_back_over_the_whole_window(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    for policy in ("recache", "keep", "cut"):
+        run = Run(pipeline.engine, prompts[0], PolicySettings(policy=policy))  # type: ignore[arg-type]
+        assert [step.window for step in run.chunks(3)] == [12] * 3
+        assert run.memory.window(900, 0, None) == 12
+    assert Run(pipeline.engine, prompts[0], PolicySettings()).memory.window(900, 0, None) == 7
+
+
+# -- every setting -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_bridge_every_switch_is_a_full_recache(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    run = started(pipeline, prompts[0], 2, bridge=BridgeSettings(enabled=False))
+    step = run.switch(turned(prompts[0], prompts[1], 0.1))
+    assert step.switch.mode == "full-recache" and run.cache.anchors == 1 and not run.cache.has_bridge
+    assert run.forwards[0].frames == 6  # no more than there are
+
+
+def test_thresholds_scale_and_micro_of_the_bridge(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    settings = BridgeSettings(tau_low=0.2, tau_high=0.4, scale=2.5, decay=1.0, micro=5)
+    run = started(pipeline, prompts[0], bridge=settings)
+    step = run.switch(turned(prompts[0], prompts[1], 0.3))
+    assert step.switch.mode == "bridge+micro-recache" and run.forwards[0].frames == 5
+    assert run.memory.bridge is not None
+    np.testing.assert_allclose(run.rows()[1][:, :, :2], run.memory.bridge * 2.5, rtol=1e-6)
+    assert started(pipeline, prompts[0], 2, bridge=settings).switch(
+        turned(prompts[0], prompts[1], 0.5)
+    ).switch.mode == ("full-recache")
+
+
+def test_a_bridge_fades_and_is_dropped(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = started(pipeline, prompts[0], 2, bridge=BridgeSettings(decay=0.05))
+    run.switch(turned(prompts[0], prompts[1], 0.3))
+    fresh = run.memory.bridge
+    assert fresh is not None
+    first = run.tensors.named("write_memory")[0]
+    assert first[0] == 0
+    np.testing.assert_array_equal(first[1], fresh)  # at full strength in the chunk of the switch
+    np.testing.assert_allclose(run.rows()[1][:, :, :2], fresh * 0.05, rtol=1e-6)
+    run.chunks(1)
+    np.testing.assert_allclose(run.rows()[1][:, :, :2], fresh * 0.0025, rtol=1e-6)
+    assert run.cache.has_bridge
+    run.chunks(1)
+    assert not run.cache.has_bridge and run.memory.bridge is None  # 0.000125 < 0.001
+
+
+def test_recent_frames_mix_and_scale_of_memories(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    g = pipeline.geometry
+    for bridge_recent, anchor_recent, expected in ((2, 6, 6), (4, None, 3), (1, 2, 2)):
+        run = started(
+            pipeline,
+            prompts[0],
+            bridge=BridgeSettings(recent=bridge_recent),
+            anchors=AnchorSettings(recent=anchor_recent, mix=0.6, scale=0.5),
+        )
+        run.switch(turned(prompts[0], prompts[1], 0.3))
+        spans, old, new, rho, mix = run.tensors.named("inject")[0]
+        assert spans[2, :, 1].sum() == bridge_recent * g.frame_tokens
+        assert spans[4, :, 1].sum() == expected * g.frame_tokens
+        assert mix == 0.6 and rho == pytest.approx(0.3, abs=1e-6)
+        np.testing.assert_array_equal(old, prompts[0].signature)
+        assert not np.array_equal(new, old)
+        np.testing.assert_allclose(run.rows()[1][:, :, 2:3], run.memory.anchors[0] * 0.5, rtol=1e-6)
+
+
+def test_the_newest_anchors_are_kept(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
+    run = started(pipeline, prompts[0], 2, anchors=AnchorSettings(max=2))
+    made = []
+    for number in range(3):
+        run.switch(turned(prompts[number % 2], prompts[1 - number % 2], 0.2 if number else 0.9))
+        made.append(run.memory.anchors[-1])
+    assert run.cache.anchors == 2
+    np.testing.assert_array_equal(np.concatenate(run.memory.anchors), np.concatenate(made[1:]))
+    np.testing.assert_allclose(run.rows()[1][:, :, 2:4], np.concatenate(made[1:], 2) * 0.8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("anchors", [AnchorSettings(enabled=False), AnchorSettings(max=0)])
+def test_anchors_can_be_switched_off(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], anchors: AnchorSettings
+) -> None:
+    run = started(pipeline, prompts[0], 2, anchors=anchors)
+    run.switch(turned(prompts[0], prompts[1], 0.9))
+    assert run.cache.anchors == 0 and not run.tensors.named("inject")
+
+
+@pytest.mark.parametrize("global_sink", [True, False])
+def test_only_without_a_global_sink_a_recache_replaces_it(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], global_sink: bool
+) -> None:
+    run = started(pipeline, prompts[0], global_sink=global_sink)
+    g = pipeline.geometry
+    sink = slice(g.memory_rows, g.memory_rows + g.sink * g.frame_tokens)
+    before = run.rows()[1][:, :, sink]
+    run.switch(turned(prompts[0], prompts[1], 0.9))
+    assert run.forwards[0].force_sink == (not global_sink)
+    assert np.array_equal(run.rows()[1][:, :, sink], before) == global_sink
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BridgeSettings(recent=0), "bridge.recent is 0"),
+        (lambda: BridgeSettings(micro=0), "bridge.micro is 0"),
+        (lambda: BridgeSettings(tau_low=0.9), "tau_low 0.9, tau_high 0.8: need"),
+        (lambda: BridgeSettings(tau_low=float("nan")), "tau_low nan"),
+        (lambda: BridgeSettings(scale=0), "bridge.scale is 0: it must be positive"),
+        (lambda: BridgeSettings(scale=float("inf")), "bridge.scale is inf"),
+        (lambda: BridgeSettings(decay=1.1), r"bridge.decay is 1.1: it must be in \[0, 1\]"),
+        (lambda: WindowSettings(min_size=0), "window.min_size is 0"),
+        (lambda: WindowSettings(tau_post=-1), "window.tau_post is -1"),
+        (lambda: WindowSettings(tau_pre=-1), "window.tau_pre is -1"),
+        (lambda: AnchorSettings(recent=0), "anchors.recent is 0"),
+        (lambda: AnchorSettings(max=-1), "anchors.max is -1"),
+        (lambda: AnchorSettings(mix=1.5), "anchors.mix is 1.5"),
+        (lambda: AnchorSettings(scale=-1), "anchors.scale is -1"),
+        (lambda: PolicySettings(policy="x"), "policy is 'x': use"),  # type: ignore[arg-type]
+        (lambda: PolicySettings(positions="x"), "positions is 'x': use"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_setting_out_of_range_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make()
+
+
+# -- positions ---------------------------------------------------------------------------------------------------
+
+
+class Shifted:
+    """The noise of `source` from chunk 0 for the chunks from `first` on, and other noise before."""
+
+    def __init__(self, first: int, source: Any, before: int = 0) -> None:
+        self.first, self.source, self.before = first, source, before
+
+    def draw(self, chunk: int, step: int) -> Any:
+        if self.before:
+            return self.source.draw(chunk + (self.before if chunk < self.first else 0), step)
+        return self.source.draw(chunk - self.first, step)
+
+
+def test_windowed_equals_absolute_while_the_sink_is_within_the_window(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    runs = [Run(pipeline.engine, prompts[0], PolicySettings(positions=p)) for p in ("windowed", "absolute")]  # type: ignore[arg-type]
+    for run in runs:
+        run.rollout.ask(turned(prompts[0], prompts[1], 0.3), 6)
+    for index in range(6):
+        windowed, absolute = (run.chunks(1)[0].latents for run in runs)
+        difference = float(np.abs(windowed - absolute).max())
+        assert difference < 1e-4 if index < 4 else difference > 1e-4, index
+
+
+def test_no_key_is_ever_further_than_the_window(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swiftvideo.runtime import memory
+
+    turns: list[int] = []
+    rotation = memory.rotation
+    monkeypatch.setattr(
+        memory, "rotation", lambda frames, pairs: (turns.append(frames), rotation(frames, pairs))[1]
+    )
+    run = Run(pipeline.engine, prompts[0], dataclasses.replace(SWIFT, global_sink=False))
+    g = pipeline.geometry
+    sink = place = memories = 0
+    for chunk in range(12):
+        if chunk in (3, 5, 8):
+            run.rollout.ask(turned(run.rollout.prompt, prompts[chunk % 2], 0.9 if chunk == 8 else 0.4))
+        run.tensors.calls.clear()
+        run.forwards.clear()
+        turns.clear()
+        run.chunks(1)
+        offsets, forwards = iter(turns), iter(run.forwards)
+        for name, arguments in run.tensors.calls:
+            if name == "place_sink":
+                place = next(offsets)
+            elif name == "place_memory":
+                memories = next(offsets)
+            elif name == "write_memory":
+                memories = 0
+            elif name == "denoise":
+                call = next(forwards)
+                newest = call.start + call.frames - 1
+                if run.cache.local_end > g.chunk * g.frame_tokens or chunk:
+                    assert newest - (sink + place) < g.window and sink + place + g.sink - 1 <= newest
+                    shown = [n for a, n in arguments[4].tolist() if n and a < g.memory_rows]
+                    assert not shown or newest - memories < g.window
+            elif name == "commit":
+                for fresh, row, _ in arguments[0].tolist():
+                    if row == g.memory_rows:
+                        sink, place = call.start + fresh // g.frame_tokens, 0
+    assert sink > 0  # the full recache moved it, and it was followed
+
+
+def test_a_cache_that_begins_at_frame_ten_million_behaves_the_same(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    g = pipeline.geometry
+    first = 10_000_000 // g.chunk + 1
+    near = Run(pipeline.engine, prompts[0], PolicySettings())
+    far = Run(pipeline.engine, prompts[0], PolicySettings(), Shifted(first, near.rollout.noise))
+    far.rollout.index, far.rollout.segment = first, first * g.chunk
+    far.memory._clear(first * g.chunk)
+    for run, offset in ((near, 0), (far, first * g.chunk)):
+        run.rollout.ask(turned(prompts[0], prompts[1], 0.75), offset + 6)
+        run.rollout.ask(turned(prompts[1], prompts[0], 0.9), offset + 15)
+    for _ in range(7):
+        a, b = near.chunks(1)[0], far.chunks(1)[0]
+        assert (a.window, a.switch and a.switch.mode) == (b.window, b.switch and b.switch.mode)
+        assert b.start - a.start == first * g.chunk
+        np.testing.assert_allclose(b.latents, a.latents, atol=1e-4)
+    assert near.cache.state()[5:] != far.cache.state()[5:] and near.cache.local_end == far.cache.local_end

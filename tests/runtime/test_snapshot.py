@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from swiftvideo.runtime import (
+    Manifest,
+    Pipeline,
+    PolicySettings,
+    Session,
+    SwiftVideoError,
+    UsageError,
+    load,
+)
+from tests.runtime.watch import turned
+
+SETTINGS = PolicySettings(bridge=dataclasses.replace(PolicySettings().bridge, tau_low=0.0, tau_high=2.0))
+
+
+def advance(session: Session, chunks: int) -> list[Any]:
+    return [next(session) for _ in range(chunks)]
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline: Pipeline, texts: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A session after five chunks and a switch, with two prompts waiting."""
+    path = tmp_path_factory.mktemp("saved") / "session.safetensors"
+    with pipeline.session(texts[0], 7, SETTINGS) as session:
+        advance(session, 3)
+        session.prompt(texts[1])
+        advance(session, 2)
+        session.prompt(texts[2])
+        session.prompt(texts[0], at_frame=24)
+        session.save(path)
+    return path
+
+
+def test_a_restored_session_continues_byte_for_byte(
+    pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pipeline.session(texts[0], 7, SETTINGS) as session:
+        session.save(tmp_path / "start")
+        first = advance(session, 3)
+        session.prompt(texts[1])
+        first += advance(session, 2)
+        session.prompt(texts[2])
+        session.prompt(texts[0], at_frame=24)
+        session.save(tmp_path / "middle")
+        rest = advance(session, 5)
+        session.save(tmp_path / "end")
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "middle", "end"}
+    with pipeline.restore(tmp_path / "start") as again:
+        for a, b in zip(first[:2], advance(again, 2), strict=True):
+            np.testing.assert_array_equal(a.frames, b.frames)
+    with pipeline.restore(tmp_path / "middle") as again:
+        assert (again.seed, again.settings, again.frame) == (7, SETTINGS, 15)
+        for a, b in zip(rest, advance(again, 5), strict=True):
+            assert (a.index, a.first_frame, a.prompt, a.prompt_id) == (
+                b.index,
+                b.first_frame,
+                b.prompt,
+                b.prompt_id,
+            )
+            assert (a.window, a.mode, a.rho) == (b.window, b.mode, b.rho)
+            np.testing.assert_array_equal(a.latents, b.latents)
+            np.testing.assert_array_equal(a.frames, b.frames)
+        assert again.prompt(texts[1]) == 4
+        again.save(tmp_path / "end2")
+    with pipeline.restore(tmp_path / "end") as one, pipeline.restore(tmp_path / "end2") as two:
+        two._rollout.pending.clear()
+        np.testing.assert_array_equal(next(one).frames, next(two).frames)
+
+
+def test_saving_changes_nothing(pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path) -> None:
+    with pipeline.session(texts[0], 7) as one, pipeline.session(texts[0], 7) as two:
+        for _ in range(2):
+            one.save(tmp_path / "x")
+            np.testing.assert_array_equal(next(one).frames, next(two).frames)
+
+
+def test_the_model_must_be_the_same(saved: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(tiny_bundle)
+    for name in manifest.files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to((tiny_bundle / name).resolve())
+    (tmp_path / "extra").write_bytes(b"!")
+    files = {**manifest.files, "extra": dataclasses.replace(manifest.files["tokenizer.json"])}
+    dataclasses.replace(manifest, files=files).save(tmp_path)
+    with load(tmp_path, threads=1) as other:
+        with pytest.raises(UsageError, match=r"was saved with another model.*load the bundle that it"):
+            other.restore(saved)
+
+
+def test_a_file_that_is_no_session_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with pytest.raises(UsageError, match=r"x is not there: save a session to it first"):
+        pipeline.restore(path)
+    path.write_bytes(b"\x80\x04garbage")
+    with pytest.raises(UsageError, match=r"x is no saved session"):
+        pipeline.restore(path)
+    save_file({"a": np.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"has format 'pt', not 'swiftvideo-session-1'"):
+        pipeline.restore(path)
+    with pytest.raises(UsageError, match=r"is no saved session"):
+        pipeline.restore(tmp_path)
+
+
+def test_a_truncated_file_is_refused(pipeline: Pipeline, saved: Path, tmp_path: Path) -> None:
+    data = saved.read_bytes()
+    for size in (0, 4, 500, len(data) // 2, len(data) - 1):
+        (tmp_path / "x").write_bytes(data[:size])
+        with pytest.raises(UsageError, match=r"x is no saved session .*save it again"):
+            pipeline.restore(tmp_path / "x")
+
+
+def drop(name: str) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+    return lambda plain, arrays: arrays.pop(name)
+
+
+def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+    return lambda plain, arrays: plain.update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(drop(name) for name in ("emitted", "engine/cache_k", "memory/bridge", "memory/anchor.0")),
+        told(index=2),
+        told(index=-1),
+        told(index="many"),
+        told(seed=-1),
+        told(prompt="zebra"),
+        told(prompt=3),
+        told(pending=[[1]]),
+        told(memory={}),
+        told(settings={"policy": "x"}),
+        told(surplus=1),
+        lambda plain, arrays: plain["memory"]["cache"].__setitem__(5, 10**9),
+        lambda plain, arrays: plain["memory"].update(places=[0]),
+        lambda plain, arrays: plain.pop("asked"),
+        lambda plain, arrays: arrays.update({"engine/cache_v": arrays["engine/cache_v"][:1]}),
+        lambda plain, arrays: arrays.update({"engine/cache_k": arrays["engine/cache_k"].astype(np.float64)}),
+        lambda plain, arrays: arrays.update({"memory/bridge": arrays["memory/bridge"][..., :1]}),
+        lambda plain, arrays: arrays.update(emitted=arrays["emitted"][:, :2]),
+        lambda plain, arrays: arrays.pop(next(name for name in arrays if "vae" in name)),
+        lambda plain, arrays: arrays.update(
+            {name: array[..., :1] for name, array in arrays.items() if "vae" in name}
+        ),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_refused(
+    pipeline: Pipeline, saved: Path, tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]
+) -> None:
+    with safe_open(saved, "numpy") as file:
+        header = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    plain = json.loads(header["session"])
+    change(plain, arrays)
+    path = tmp_path / "x"
+    packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(packed, path, {**header, "session": json.dumps(plain)})
+    with pytest.raises(SwiftVideoError):
+        pipeline.restore(path)
+
+
+def test_what_cannot_be_written_leaves_no_file(
+    pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pipeline.session(texts[0]) as session:
+        with pytest.raises(UsageError, match=r"cannot be written .*choose another place"):
+            session.save(tmp_path / "no" / "x")
+        with pytest.raises(UsageError, match=r"cannot be written"):
+            session.save(tmp_path)
+        prompt = dataclasses.replace(
+            turned(pipeline.encode(texts[0]), pipeline.encode(texts[1]), 0.5), text=""
+        )
+        session.prompt(prompt)
+        with pytest.raises(UsageError, match=r"made from embeddings: only prompts with a text can be saved"):
+            session.save(tmp_path / "x")
+    assert not list(tmp_path.iterdir()) and not Path(f"{tmp_path}.partial").exists()
