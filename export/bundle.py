@@ -8,14 +8,16 @@ export leaves nothing that looks like a bundle.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from swiftvideo.runtime.errors import SettingsError
 from swiftvideo.runtime.geometry import Geometry, PolicySettings
@@ -31,6 +33,7 @@ from .checkpoint import Checkpoint
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
+from .weights import WeightFile
 
 DType = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,12 +55,14 @@ def export_bundle(
     policy: PolicySettings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    consume: bool = False,
 ) -> Manifest:
     """Write the bundle of a checkpoint into the folder `out`.
 
     height, width: pixels, the checkpoint's own by default. dtype: of weights, K and V; the checkpoint's modules are
     converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
-    before each graph and at the end.
+    before each graph and at the end. consume: give up each part's weights when its graphs are written, which lowers the
+    peak of memory; the checkpoint is of no use afterwards.
     Raises SettingsError for a wrong size or dtype, and for an `out` that exists and is not empty, unless `overwrite`
     is set and it holds a bundle.
     """
@@ -69,10 +74,17 @@ def export_bundle(
     backbone = checkpoint.backbone.to(target)
     encoder, decoder = checkpoint.text_encoder.to(target), checkpoint.vae.to(target)
 
-    def graphs() -> Iterable[Graph]:
+    def graphs() -> Iterator[Graph]:
         yield text_graph(encoder, geometry.text_len)
+        release(encoder)
         yield from backbone_graphs(backbone, geometry, schedule)
+        release(backbone)
         yield from decode_graphs(decoder, geometry)
+        release(decoder)
+
+    def release(part: nn.Module) -> None:
+        if consume:
+            part.to("meta")
 
     return _write(
         Path(out),
@@ -127,25 +139,26 @@ def schedule_info(schedule: Schedule) -> ScheduleInfo:
 
 def _write(
     out: Path,
-    graphs: Iterable[Graph],
+    graphs: Iterator[Graph],
     manifest: Manifest,
     extra: dict[str, bytes],
     overwrite: bool,
     progress: Progress | None,
 ) -> Manifest:
-    import dataclasses
-
     _check_destination(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         (work / "onnx").mkdir()
         done = 0
+        files: dict[str, WeightFile] = {}
         for graph in graphs:
             if progress:
                 progress(graph.name, done, GRAPH_COUNT)
-            export_graph(graph, work / "onnx")
+            file = files.setdefault(graph.data, WeightFile(work / "onnx" / f"{graph.data}.data"))
+            export_graph(graph, work / "onnx", file)
             done += 1
+            del graph
             gc.collect()
         for name, content in extra.items():
             (work / name).write_bytes(content)

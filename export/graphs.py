@@ -1,8 +1,11 @@
 """The graphs of a bundle: thin modules around the models, and their export to ONNX.
 
-Names and shapes of inputs and outputs are those of docs/architecture.md. Symbols: B sessions in a batch, F latent
-frames, T text length, L layers, R cache rows, P tokens a frame, n heads, d head width; B, F, R and T stay dynamic.
-Sigmas and time embeddings of all passes are constants of `denoise`, chosen by its input `step`.
+Names and shapes of inputs and outputs are those of docs/export.md. Symbols: B sessions in a batch, F latent frames, T
+text length, L layers, R cache rows, P tokens a frame, n heads, d head width. B, F and R stay dynamic; T is the model's
+text_len, to which prompts are padded. Sigmas and time embeddings of all passes are constants of `denoise`, chosen by
+its input `step`.
+
+Called in Python, the modules compute what their graphs do, with the torch reference of the two ops (ops.py).
 """
 
 from __future__ import annotations
@@ -11,20 +14,22 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.runtime.geometry import Geometry
 
-from . import onnx_ops
+from . import onnx_ops, weights
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
 from .models.text import TextEncoder
@@ -34,11 +39,20 @@ LAST_SIGMA = 0.0
 """What the last denoising step and the context pass re-noise to: x0 itself."""
 
 
+REARRANGING = {"Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity"}
+"""Ops that may be applied to parameters at export; anything else would make them unrecognisable."""
+
+
+class ExportError(SwiftVideoError):
+    """The exporter made a graph that this package cannot use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A module ready to be traced.
 
-    inputs: example tensors in the order of `forward`, by name. dynamic: per input, names of dynamic axes.
+    inputs: example tensors in the order of `forward`, by name. dynamic: per input, names of dynamic axes. config: what
+    the module was built from, as JSON has it. data: stem of the weights' file, which graphs may share.
     """
 
     name: str
@@ -46,6 +60,21 @@ class Graph:
     inputs: dict[str, Tensor | list[Tensor]]
     dynamic: dict[str, Any]
     outputs: list[str]
+    config: dict[str, Any]
+    data: str
+
+    @torch.no_grad()
+    def run(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """Outputs of the module in the order of `outputs`; feeds have the names of `input_names`."""
+        arguments: list[Any] = []
+        for name, value in self.inputs.items():
+            many = isinstance(value, list)
+            arguments.append([feeds[f"{name}_{i}"] for i in range(len(value))] if many else feeds[name])
+        return _flat(self.module(*arguments))
+
+
+def _flat(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [tensor for item in value for tensor in _flat(item)]
 
 
 class Denoise(nn.Module):
@@ -69,8 +98,13 @@ class Denoise(nn.Module):
         )
         sigmas = torch.tensor(schedule.pass_sigmas)
         following = torch.cat((sigmas[1:-1], torch.full((2,), LAST_SIGMA)))
-        tables = {"e": e[0], "e0": e0[0], "sigmas": sigmas, "next_sigmas": following}
-        for name, value in (tables | {"space_cos": cos, "space_sin": sin}).items():
+        for name, value in (
+            ("e", e[0]),
+            ("e0", e0[0]),
+        ):  # part of the state: graphs have no time MLP to restore
+            self.register_buffer(name, value)
+        tables = {"sigmas": sigmas, "next_sigmas": following, "space_cos": cos, "space_sin": sin}
+        for name, value in tables.items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(
@@ -89,7 +123,7 @@ class Denoise(nn.Module):
         """See the module's table; latents and noise float32 [B,F,C,h,w], step int64 []."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return onnx_ops.window_attention_node(q, k, v, cache_k, cache_v, segments, layer, self.scale)
+            return onnx_ops.window_attention(q, k, v, cache_k, cache_v, segments, layer, self.scale)
 
         row = step.reshape(1)
 
@@ -120,7 +154,7 @@ class Condition(nn.Module):
         self.model = model
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """embeds [B,T,text_dim] -> cross_k, cross_v [L,B,text_len,n,d], signature float32 [B,D]."""
+        """embeds [B,text_len,text_dim] -> cross_k, cross_v [L,B,text_len,n,d], signature float32 [B,D]."""
         context = self.model.embed_text(embeds)
         cross_k, cross_v = self.model.cross_kv(context)
         return cross_k, cross_v, self.model.signature(embeds, context)
@@ -139,7 +173,7 @@ class Inject(nn.Module):
         mix: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ops.semantic_injection`."""
-        return onnx_ops.injection_node(cache_v, spans, old_signature, new_signature, rho, mix)
+        return onnx_ops.injection(cache_v, spans, old_signature, new_signature, rho, mix)
 
 
 class Decode(nn.Module):
@@ -169,6 +203,7 @@ def backbone_graphs(model: CausalWanModel, geometry: Geometry, schedule: Schedul
             f"the schedule has {len(schedule.steps)} steps, geometry.steps is {geometry.steps}: make them agree"
         )
     g, dtype = geometry, model.dtype
+    config = {"backbone": asdict(model.config)}
     batch, frames, text = 2, g.chunk, g.text_len
     b, r = Dim("B", min=1, max=64), Dim("R", min=1, max=1 << 20)
     f = Dim("F", min=1, max=1024)
@@ -184,6 +219,8 @@ def backbone_graphs(model: CausalWanModel, geometry: Geometry, schedule: Schedul
         {"embeds": normal(batch, text, g.text_dim, like=dtype)},
         {"embeds": {0: b}},
         ["cross_k", "cross_v", "signature"],
+        config,
+        "condition",
     )
     latents = normal(batch, frames, g.latent_channels, g.latent_height, g.latent_width)
     table = normal(batch, frames, g.time_pairs)
@@ -192,24 +229,26 @@ def backbone_graphs(model: CausalWanModel, geometry: Geometry, schedule: Schedul
         Denoise(model, geometry, schedule),
         {
             "latents": latents,
-            "noise": latents.clone(),
+            "noise": torch.zeros_like(latents),
             "step": torch.tensor(0),
             "time_cos": table,
-            "time_sin": table.clone(),
+            "time_sin": torch.zeros_like(table),
             "cache_k": cache,
-            "cache_v": cache.clone(),
+            "cache_v": torch.zeros_like(cache),
             "segments": torch.zeros(batch, 6, 2, dtype=torch.int32),
             "cross_k": cross,
-            "cross_v": cross.clone(),
+            "cross_v": torch.zeros_like(cross),
         },
         {
-            **dict.fromkeys(("latents", "noise", "time_cos", "time_sin"), {0: b, 1: f}),
+            **{key: {0: b, 1: f} for key in ("latents", "noise", "time_cos", "time_sin")},
             "step": {},
-            **dict.fromkeys(("cache_k", "cache_v"), {1: b, 2: r}),
+            **{key: {1: b, 2: r} for key in ("cache_k", "cache_v")},
             "segments": {0: b},
-            **dict.fromkeys(("cross_k", "cross_v"), {1: b}),
+            **{key: {1: b} for key in ("cross_k", "cross_v")},
         },
         ["x0", "next_latents", "fresh_k", "fresh_v"],
+        config,
+        "denoise",
     )
     signature, scalar = normal(batch, g.dim), normal(batch)
     yield Graph(
@@ -219,15 +258,17 @@ def backbone_graphs(model: CausalWanModel, geometry: Geometry, schedule: Schedul
             "cache_v": cache,
             "spans": torch.zeros(batch, 5, 3, 2, dtype=torch.int32),
             "old_signature": signature,
-            "new_signature": signature.clone(),
+            "new_signature": torch.zeros_like(signature),
             "rho": scalar,
-            "mix": scalar.clone(),
+            "mix": torch.zeros_like(scalar),
         },
         {
             "cache_v": {1: b, 2: r},
-            **dict.fromkeys(("spans", "old_signature", "new_signature", "rho", "mix"), {0: b}),
+            **{key: {0: b} for key in ("spans", "old_signature", "new_signature", "rho", "mix")},
         },
         ["bridge", "anchor"],
+        {},
+        "inject",
     )
 
 
@@ -241,6 +282,8 @@ def text_graph(encoder: TextEncoder, text_len: int) -> Graph:
         {"ids": ids, "mask": ids.clone()},
         {"ids": {0: b}, "mask": {0: b}},
         ["embeds"],
+        {"text_encoder": encoder.encoder.config.to_diff_dict()},
+        "text_encoder",
     )
 
 
@@ -250,6 +293,7 @@ def decode_graphs(decoder: StreamingDecoder, geometry: Geometry) -> Iterator[Gra
     b, f = Dim("B", min=1, max=64), Dim("F", min=1, max=1024)
     shapes = decoder.cache_shapes(2, g.latent_height, g.latent_width)
     new = [f"new_vae_cache_{index}" for index in range(len(shapes))]
+    config = {"vae": decoder.config}
     latents = torch.zeros(2, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
     yield Graph(
         "decode_first",
@@ -257,6 +301,8 @@ def decode_graphs(decoder: StreamingDecoder, geometry: Geometry) -> Iterator[Gra
         {"latents": latents[:, :1].contiguous()},
         {"latents": {0: b}},
         ["frames", *new],
+        config,
+        "decoder",
     )
     caches = [torch.zeros(shape, dtype=decoder.dtype) for shape in shapes]
     yield Graph(
@@ -265,6 +311,8 @@ def decode_graphs(decoder: StreamingDecoder, geometry: Geometry) -> Iterator[Gra
         {"latents": latents, "vae_cache": caches},
         {"latents": {0: b, 1: f}, "vae_cache": [{0: b} for _ in shapes]},
         ["frames", *new],
+        config,
+        "decoder",
     )
 
 
@@ -276,38 +324,57 @@ def input_names(graph: Graph) -> list[str]:
     return names
 
 
-def export_graph(graph: Graph, folder: Path, progress: Callable[[str], None] | None = None) -> list[str]:
-    """Write folder/<name>.onnx and, where it has weights, <name>.onnx.data; return the files' names.
+def export_graph(graph: Graph, folder: Path, file: weights.WeightFile | None = None) -> Path:
+    """Write folder/<name>.onnx, and its weights into `file` (folder/<data>.data by default); return the graph's path.
 
-    The ONNX checker runs on the file. Raises what torch.onnx.export raises where a module cannot be traced.
+    The ONNX checker runs on the file. Raises what torch.onnx.export raises where a module cannot be traced, and
+    ExportError where the result has other outputs than were asked for.
     """
-    if progress:
-        progress(graph.name)
     path = folder / f"{graph.name}.onnx"
+    module = graph.module.eval()
+    names = input_names(graph)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            graph.module.eval(),
+            module,
             tuple(graph.inputs.values()),
-            input_names=input_names(graph),
+            input_names=names,
             output_names=graph.outputs,
             dynamic_shapes=tuple(graph.dynamic[name] for name in graph.inputs),
             opset_version=onnx_ops.OPSET,
             dynamo=True,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
-        assert program is not None
-        program.save(path, external_data=True)
-    del program
-    model = onnx.load(path, load_external_data=False)
-    names = [item.name for item in model.graph.output]
-    assert names == graph.outputs, f"{graph.name}: outputs are {names}, not {graph.outputs}"
-    onnx_ops.attach(model)
-    del model.graph.value_info[:]
-    onnx.save(model, path)
+        if program is None:
+            raise ExportError(
+                f"torch.onnx.export gave no program for {graph.name}: use another version of torch"
+            )
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        optimizer.optimize_ir(program.model, should_fold=lambda node: _folds(node, parameters))
+    model = program.model
+    seen = [[value.name for value in values] for values in (model.graph.inputs, model.graph.outputs)]
+    if seen != [names, graph.outputs]:
+        raise ExportError(
+            f"{graph.name}: inputs and outputs are {seen} instead of {[names, graph.outputs]}: "
+            "use another version of torch"
+        )
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces of the exporting machine
+    weights.store(model, module, graph.config, file or weights.WeightFile(folder / f"{graph.data}.data"))
+    proto = ir.to_proto(model)
+    del program, model
+    del proto.graph.value_info[:]
+    onnx_ops.attach(proto)
+    onnx.save(proto, path)
     onnx.checker.check_model(path)
-    data = path.with_name(path.name + ".data")
-    return [path.name] + ([data.name] if data.is_file() else [])
+    return path
+
+
+def _folds(node: ir.Node, parameters: set[str]) -> bool | None:
+    """Whether a node of constants may be computed at export: None leaves it to the optimizer, False forbids it."""
+    if node.op_type in REARRANGING:
+        return None
+    return False if any(value is not None and value.name in parameters for value in node.inputs) else None
 
 
 @contextlib.contextmanager
@@ -322,11 +389,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def flat_inputs(values: Sequence[Tensor | list[Tensor]]) -> list[Tensor]:
-    """Tensors of a graph's inputs in the order of `input_names`."""
-    flat: list[Tensor] = []
-    for value in values:
-        flat += value if isinstance(value, list) else [value]
-    return flat

@@ -14,6 +14,8 @@ import torch
 from onnx import parser
 from torch import Tensor
 
+from . import ops
+
 DOMAIN = "swift"
 VERSION = 1
 OPSET = 20
@@ -168,7 +170,7 @@ def attach(model: onnx.ModelProto) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
 
 
-def window_attention_node(
+def window_attention(
     q: Tensor,
     fresh_k: Tensor,
     fresh_v: Tensor,
@@ -178,7 +180,9 @@ def window_attention_node(
     layer: int,
     scale: float,
 ) -> Tensor:
-    """A DynamicWindowAttention node in a graph being traced; arguments as `ops.dynamic_window_attention`."""
+    """`ops.dynamic_window_attention`, as a node where a graph is being exported."""
+    if not torch.onnx.is_in_onnx_export():
+        return ops.dynamic_window_attention(q, fresh_k, fresh_v, cache_k, cache_v, segments, layer, scale)
     node: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::DynamicWindowAttention",
         (q, fresh_k, fresh_v, cache_k, cache_v, segments),
@@ -190,10 +194,12 @@ def window_attention_node(
     return node
 
 
-def injection_node(
+def injection(
     cache_v: Tensor, spans: Tensor, old_signature: Tensor, new_signature: Tensor, rho: Tensor, mix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A SemanticInjection node in a graph being traced; arguments as `ops.semantic_injection`."""
+    """`ops.semantic_injection`, as a node where a graph is being exported."""
+    if not torch.onnx.is_in_onnx_export():
+        return ops.semantic_injection(cache_v, spans, old_signature, new_signature, rho, mix)
     layers, batch, _, heads, width = cache_v.shape
     bridge, anchor = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::SemanticInjection",

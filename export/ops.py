@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from swiftvideo.runtime.errors import UsageError
+
 NORM_FLOOR = 1e-6
 """Floor of norms in cosines, and of the squared motion below which nothing is projected out."""
 
@@ -27,10 +29,17 @@ def dynamic_window_attention(
     """Attention of q over the rows that `segments` lists, softmax in float32.
 
     q, fresh_k, fresh_v [B,N,n,d]; cache_k, cache_v [L,B,R,n,d]; segments int [B,6,2] of (start, length) in the row
-    space [cache 0..R | fresh R..R+N]. Returns [B,N,n,d] in q's dtype.
+    space [cache 0..R | fresh R..R+N]; those of length 0 are unused, and no row may be listed twice. Returns [B,N,n,d]
+    in q's dtype.
+    Raises UsageError for a table that lists no row at all. The exported graphs cannot raise: there the mean of all
+    rows' values comes out, which means nothing.
     """
     outputs = []
     for item, table in enumerate(segments.tolist()):
+        if not any(length for _, length in table):
+            raise UsageError(
+                f"the segments of item {item} list no row: attention needs at least one key, such as the fresh rows"
+            )
         k = torch.cat((cache_k[layer, item], fresh_k[item]))
         v = torch.cat((cache_v[layer, item], fresh_v[item]))
         rows = torch.cat([torch.arange(start, start + length) for start, length in table]).to(q.device)
@@ -56,6 +65,8 @@ def semantic_injection(
     A frame before of length 0 means fewer than two frames: nothing is projected out. A sink of length 0 means S = 0:
     the recent mean stands for it. Returns bridge [L,B,2,n,d] (sink, recent) and anchor [L,B,1,n,d], unscaled, in
     cache_v's dtype; computed in float32.
+    Raises UsageError where last frame, bridge-recent or anchor-recent list no row: an empty cache has neither bridge
+    nor anchor. The exported graphs cannot raise: there the mean of no rows is zero.
     """
     heads = cache_v.shape[3:]
     bridges, anchors = [], []
@@ -63,7 +74,10 @@ def semantic_injection(
         means = [_mean(cache_v[:, item].float(), ranges) for ranges in table]  # [L,n,d] or None
         last, before, recent, sink, anchor = means
         if last is None or recent is None or anchor is None:
-            raise ValueError(f"spans of item {item} are empty: an empty cache has neither bridge nor anchor")
+            raise UsageError(
+                f"spans of item {item} are {table}: the first, third and fifth must list rows, for an empty cache has "
+                "neither bridge nor anchor; inject after the first chunk was committed"
+            )
         old, new = (
             signature[item].float().unflatten(0, heads) for signature in (old_signature, new_signature)
         )

@@ -7,7 +7,7 @@ UMT5-XXL (11 GB in bfloat16) is asked for; `swiftvideo inspect` shows which a bu
 from __future__ import annotations
 
 import hashlib
-import json
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -21,6 +21,8 @@ from .checkpoint import Checkpoint, ModelInfo
 from .models.backbone import PRESETS, CausalWanModel
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
+
+M = TypeVar("M", bound=nn.Module)
 
 UMT5_XXL = {
     "d_model": 4096,
@@ -50,19 +52,20 @@ def random_checkpoint(
     text = UMT5Config(**UMT5_XXL | {"num_layers": layers}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     with torch.device("meta"):
         backbone, encoder, vae = CausalWanModel(config), UMT5EncoderModel(text), AutoencoderKLWan()
-    backbone, encoder, vae = (_fill(module, dtype, generator) for module in (backbone, encoder, vae))
+    backbone = _fill(backbone, dtype, generator)
+    encoder, vae = _fill(encoder, dtype, generator), _fill(vae, dtype, generator)
     return Checkpoint(
         kind=f"random {name}, seed {seed}",
         backbone=backbone,
         text_encoder=TextEncoder(encoder),
         vae=StreamingDecoder(vae),
-        tokenizer=_tokenizer(),
+        tokenizer=word_tokenizer(WORDS),
         info=ModelInfo(name=f"{name}-random", text_len=config.text_len),
         sha256=hashlib.sha256(f"{name} {seed} {full_text_encoder}".encode()).hexdigest(),
     )
 
 
-def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+def _fill(module: M, dtype: torch.dtype, generator: torch.Generator) -> M:
     """Real tensors in the place of meta ones: N(0, 1/fan_in) for matrices and convolutions, ones for norms' weights."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
@@ -85,13 +88,12 @@ def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> 
     return module.eval()
 
 
-def _tokenizer() -> bytes:
-    """A word-level tokenizer whose words are w0, w1, ...: no file has to be fetched."""
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(WORDS)}
+def word_tokenizer(words: int) -> bytes:
+    """Content of a tokenizer.json that knows the words w0, w1, ...: no file has to be fetched."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     content: str = tokenizer.to_str(pretty=False)
-    json.loads(content)
     return content.encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
@@ -19,6 +21,10 @@ INSTALL = "pip install 'swiftvideo[export]'"
 
 class MissingPartError(SwiftVideoError):
     """A library that only some commands need is not installed."""
+
+
+class MismatchError(SwiftVideoError):
+    """An engine computes something else than the torch reference."""
 
 
 @contextmanager
@@ -66,18 +72,13 @@ def export(
         names: dict[str, Any] = dict(DTYPES.items())
         if dtype not in names:
             raise UsageError(f"--dtype is {dtype!r}: use {', '.join(names)}")
-        console = Console(stderr=True)
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(), console=console
-        )
-        with bar:
+        with _bar() as bar:
             task = bar.add_task(
                 "reading the checkpoint" if random is None else "making random weights", total=None
             )
             if random is not None:
                 source = random_checkpoint(random, dtype=names[dtype], full_text_encoder=full_text_encoder)
-            else:
-                assert checkpoint is not None
+            elif checkpoint is not None:
                 source = load_checkpoint(checkpoint, backbone=backbone, lora=lora, dtype=names[dtype])
 
             def advance(graph: str, done: int, total: int) -> None:
@@ -91,5 +92,99 @@ def export(
                 dtype=dtype,  # type: ignore[arg-type]
                 overwrite=overwrite,
                 progress=advance,
+                consume=True,
             )
     show_bundle(out, Console())
+
+
+def verify(
+    bundle: Path,
+    *,
+    checkpoint: Path | None = None,
+    backbone: Path | None = None,
+    lora: Path | None = None,
+    threads: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Compare `bundle` with the torch reference on every engine and print the errors, as a table or as JSON.
+
+    Raises:
+        MismatchError: an error exceeds its tolerance; the table was printed.
+        UsageError: `backbone` or `lora` without `checkpoint`.
+        MissingPartError: torch or another library of the `export` extra is not installed.
+        BundleError, EngineUnavailableError, SettingsError: see `swiftvideo.export.verify.verify_bundle`.
+    """
+    if checkpoint is None and (backbone or lora):
+        raise UsageError(
+            "--backbone and --lora change a checkpoint: give --checkpoint too, or leave them out"
+        )
+    with needing_torch("verifying"):
+        from swiftvideo.export.bundle import DTYPES
+        from swiftvideo.export.checkpoint import load_checkpoint
+        from swiftvideo.export.verify import verify_bundle
+        from swiftvideo.runtime import Manifest
+
+        with _bar(enabled=not as_json) as bar:
+            task = bar.add_task("reading", total=None)
+            dtype = DTYPES[Manifest.load(bundle).dtype]
+            source = (
+                None
+                if checkpoint is None
+                else load_checkpoint(checkpoint, backbone=backbone, lora=lora, dtype=dtype)
+            )
+
+            def advance(graph: str, done: int, total: int) -> None:
+                bar.update(task, description=f"{done}/{total} graphs, {graph}", completed=done, total=total)
+
+            report = verify_bundle(bundle, source, threads=threads, progress=advance)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        _show(report, Console())
+    if report.failures:
+        worst = max(report.failures, key=lambda check: check.error / check.tolerance)
+        raise MismatchError(
+            f"{len(report.failures)} of {len(report.checks)} outputs differ from the torch reference by more than "
+            f"their tolerance, most of all {worst.output} of {worst.graph} ({worst.case}) on {worst.engine}: "
+            f"{worst.error:.2g}, allowed {worst.tolerance:.2g}. Export the bundle again; if it stays, report it"
+        )
+
+
+def _show(report: Any, console: Console) -> None:
+    """A row for the worst output of every run."""
+    table = Table(box=None, title=f"{report.bundle}, reference: torch with {report.weights} weights")
+    table.title_justify = "left"
+    for column in ("graph", "case", "engine", "worst output"):
+        table.add_column(column)
+    for column in ("error", "allowed", ""):
+        table.add_column(column, justify="right")
+    runs: dict[tuple[str, str, str], list[Any]] = {}
+    for check in report.checks:
+        runs.setdefault((check.graph, check.case, check.engine), []).append(check)
+    for (graph, case, engine), checks in runs.items():
+        worst = max(checks, key=lambda check: check.error / check.tolerance)
+        unit = " of 255" if worst.output == "frames" else ""
+        verdict = "ok" if worst.passed else "[red]DIFFERS[/red]"
+        table.add_row(
+            graph,
+            case,
+            engine,
+            worst.output,
+            f"{worst.error:.1e}{unit}",
+            f"{worst.tolerance:g}{unit}",
+            verdict,
+        )
+    console.print(table)
+    console.print("Errors are the largest difference over the largest value; of frames, levels of 255.")
+    for engine, reason in report.unavailable.items():
+        console.print(f"{engine}: not compared. {reason}")
+
+
+def _bar(enabled: bool = True) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )

@@ -60,6 +60,9 @@ class StreamingDecoder(nn.Module):
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder.eval()
         self._statistics = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+        kept = {name: value for name, value in dict(config).items() if not name.startswith("_")}
+        self.config: dict[str, Any] = kept | self._statistics
+        """What an AutoencoderKLWan with these statistics is built from."""
         for name, values in self._statistics.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
         self.temporal_stride = 2 ** sum(bool(flag) for flag in config.temperal_downsample)

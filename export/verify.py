@@ -1,0 +1,305 @@
+"""Compares engines with the torch reference, graph by graph.
+
+    report = verify_bundle("wan.bundle")
+    print(report.failures)
+
+The reference is the torch model in Python. Its weights are the bundle's own, found by the names that the graphs record
+(weights.py), so a bundle can be verified where it is used; with a checkpoint they are the checkpoint's, so that the
+export itself is verified. One graph's weights are in memory at a time. Inputs are random, and the memory tables those
+that sessions have: an empty cache, a wrapped ring with bridge and anchors, a frame cut in the middle, a recache.
+
+An engine is added by an entry in `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from swiftvideo.runtime.errors import BundleError, EngineUnavailableError, SettingsError
+from swiftvideo.runtime.manifest import GRAPHS, Manifest
+
+from . import verify_inputs
+from .bundle import DTYPES
+from .checkpoint import Checkpoint
+from .graphs import Graph, backbone_graphs, decode_graphs, text_graph
+from .models.backbone import BackboneConfig, CausalWanModel
+from .models.schedule import TRAINING_STEPS, Schedule
+from .models.text import TextEncoder
+from .models.vae import StreamingDecoder
+from .weights import blank, config_of, data_files, restore
+
+RELATIVE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+"""Largest allowed difference over the reference's largest value, by the bundle's dtype."""
+LEVELS = {"fp32": 1, "fp16": 8, "bf16": 16}
+"""Largest allowed difference of video frames, of 255 levels: one level is a rounding."""
+
+
+class Runner(Protocol):
+    """Some graphs of a bundle on an engine."""
+
+    def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """Outputs of a graph by name, on the CPU."""
+
+    def close(self) -> None:
+        """Free the weights."""
+
+
+class OnnxRuntimeRunner:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, manifest: Manifest, threads: int | None) -> None:
+        from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        self._engine = OnnxRuntimeEngine(manifest, threads)
+
+    def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Runner.run`."""
+        arrays = {name: value.contiguous().numpy() for name, value in feeds.items()}
+        return [torch.from_numpy(value) for value in self._engine.run(graph, list(outputs), arrays)]
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._engine.close()
+
+
+ENGINES: dict[str, Callable[[Manifest, int | None], Runner]] = {"onnxruntime": OnnxRuntimeRunner}
+"""How an engine opens the graphs that a manifest lists (none: just to see whether it can run here).
+
+Raises EngineUnavailableError where it cannot.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One output of one run, compared."""
+
+    graph: str
+    case: str
+    engine: str
+    output: str
+    error: float
+    """Relative to the reference's largest value; of frames: levels of 255. Infinite where it is not a number."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was compared."""
+
+    bundle: str
+    weights: str
+    """Where the reference's weights came from."""
+    checks: list[Check] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    """Engines that cannot run the bundle here, and why."""
+
+    @property
+    def failures(self) -> list[Check]:
+        """What exceeds its tolerance."""
+        return [check for check in self.checks if not check.passed]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for JSON; an infinite error is null."""
+        checks = []
+        for check in self.checks:
+            error = check.error if check.error < float("inf") else None
+            checks.append(dataclasses.asdict(check) | {"error": error, "passed": check.passed})
+        return {
+            "bundle": self.bundle,
+            "weights": self.weights,
+            "passed": not self.failures,
+            "checks": checks,
+            "unavailable": self.unavailable,
+        }
+
+
+def verify_bundle(
+    folder: str | Path,
+    checkpoint: Checkpoint | None = None,
+    *,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Compare every graph of the bundle at `folder` on every engine that can run it with the torch reference.
+
+    checkpoint: whose weights the reference takes, converted to the bundle's dtype in place; None: the bundle's own.
+    threads: of CPU engines. seed: of the inputs. progress: (graph, done, all), before each graph.
+    Raises EngineUnavailableError where no engine can run the bundle, BundleError where a file was changed or has no
+    record of its weights, SettingsError where checkpoint and bundle are of different sizes.
+    """
+    manifest = Manifest.load(folder)
+    weights = "the bundle's own" if checkpoint is None else checkpoint.kind
+    report = Report(str(folder), weights)
+    for engine, opening in ENGINES.items():
+        try:
+            opening(dataclasses.replace(manifest, files={}), threads).close()
+        except EngineUnavailableError as error:
+            report.unavailable[engine] = str(error)
+    usable = {engine: opening for engine, opening in ENGINES.items() if engine not in report.unavailable}
+    if not usable:
+        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in report.unavailable.items())
+        raise EngineUnavailableError(
+            f"no engine can run this bundle here, so nothing was compared. {reasons}"
+        )
+    if checkpoint is not None:
+        _check_sizes(manifest, checkpoint)
+    names = [name for name in GRAPHS if manifest.has(f"onnx/{name}.onnx")]
+    for done, name in enumerate(names):
+        if progress:
+            progress(name, done, len(names))
+        report.checks.extend(_verify_graph(manifest, name, checkpoint, usable, threads, seed))
+        gc.collect()
+    if progress:
+        progress("done", len(names), len(names))
+    return report
+
+
+def _verify_graph(
+    manifest: Manifest,
+    name: str,
+    checkpoint: Checkpoint | None,
+    engines: Mapping[str, Callable[[Manifest, int | None], Runner]],
+    threads: int | None,
+    seed: int,
+) -> Iterator[Check]:
+    model = onnx.load_model_from_string(bytes(manifest.read_file(f"onnx/{name}.onnx")))
+    graph = (
+        _reference(manifest, name, model)
+        if checkpoint is None
+        else _of_checkpoint(manifest, name, checkpoint)
+    )
+    cases = verify_inputs.cases(graph, manifest.geometry, torch.Generator().manual_seed(seed))
+    pairs = [(label, feeds, graph.run(feeds)) for label, feeds in cases]
+    outputs = graph.outputs
+    for label, _, expected in pairs:
+        for output, value in zip(outputs, expected, strict=True):
+            if not torch.isfinite(value.float()).all():
+                raise BundleError(
+                    f"{name}, {label}: the reference's {output} is not finite. The graph does not record all of its "
+                    "weights, or they overflow: export the bundle again, or compare it with its checkpoint "
+                    "(--checkpoint)"
+                )
+    del graph
+    files = {f"onnx/{name}.onnx", *(f"onnx/{file}" for file in data_files(model))}
+    part = dataclasses.replace(manifest, files={file: manifest.files[file] for file in sorted(files)})
+    gc.collect()
+    for engine, opening in engines.items():
+        runner = opening(part, threads)
+        for label, feeds, expected in pairs:
+            made = runner.run(name, outputs, feeds)
+            for output, ours, theirs in zip(outputs, made, expected, strict=True):
+                yield _compare(
+                    Check(name, label, engine, output, 0.0, RELATIVE[manifest.dtype]), ours, theirs
+                )
+        runner.close()
+
+
+def _compare(check: Check, made: Tensor, expected: Tensor) -> Check:
+    if made.shape != expected.shape or made.dtype != expected.dtype:
+        raise BundleError(
+            f"{check.graph}, {check.case}: {check.output} is {made.dtype} {tuple(made.shape)} on {check.engine} and "
+            f"{expected.dtype} {tuple(expected.shape)} in torch: export the bundle again with this version"
+        )
+    ours, theirs = made.double(), expected.double()
+    error = float((ours - theirs).abs().max())
+    if expected.dtype == torch.uint8:
+        levels = {value: LEVELS[key] for key, value in RELATIVE.items()}[check.tolerance]
+        return dataclasses.replace(check, error=error, tolerance=levels)
+    scale = float(theirs.abs().max())
+    relative = error / scale if scale else error
+    return dataclasses.replace(check, error=relative if relative == relative else float("inf"))
+
+
+def _check_sizes(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """The checkpoint has the bundle's geometry at the bundle's size."""
+    theirs = checkpoint.geometry(manifest.geometry.height, manifest.geometry.width)
+    different = [
+        f"{item.name} {getattr(theirs, item.name)} instead of {getattr(manifest.geometry, item.name)}"
+        for item in dataclasses.fields(theirs)
+        if getattr(theirs, item.name) != getattr(manifest.geometry, item.name)
+    ]
+    if different:
+        raise SettingsError(
+            f"the checkpoint has {', '.join(different)}: compare the bundle with the checkpoint that it was made from"
+        )
+
+
+def _of_checkpoint(manifest: Manifest, name: str, checkpoint: Checkpoint) -> Graph:
+    dtype = DTYPES[manifest.dtype]
+    if name == "text_encoder":
+        return text_graph(checkpoint.text_encoder.to(dtype), manifest.geometry.text_len)
+    if name.startswith("decode"):
+        return _named(decode_graphs(checkpoint.vae.to(dtype), manifest.geometry), name)
+    return _named(
+        backbone_graphs(checkpoint.backbone.to(dtype), manifest.geometry, checkpoint.schedule), name
+    )
+
+
+def _reference(manifest: Manifest, name: str, model: onnx.ModelProto) -> Graph:
+    """The torch model of a graph, with the weights that the graph records."""
+    dtype, g = DTYPES[manifest.dtype], manifest.geometry
+    config = config_of(model, name)
+    if name == "text_encoder":
+        with torch.device("meta"):
+            umt5 = UMT5EncoderModel(UMT5Config(**config["text_encoder"]))
+        graph = text_graph(TextEncoder(blank(umt5, dtype)), g.text_len)
+    elif name.startswith("decode"):
+        with torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(config["vae"])
+        graph = _named(decode_graphs(StreamingDecoder(blank(vae, dtype)), g), name)
+    else:
+        backbone = config.get("backbone") or _no_weights(manifest)
+        with torch.device("meta"):
+            wan = CausalWanModel(BackboneConfig(**backbone | {"patch": tuple(backbone["patch"])}))
+        blank(wan, dtype)
+        graph = _named(backbone_graphs(wan, g, _schedule(manifest)), name)
+    kept: dict[str, memoryview] = {}
+
+    def read(file: str) -> memoryview:
+        if file not in kept:
+            kept[file] = manifest.read_file(f"onnx/{file}")
+        return kept[file]
+
+    restore(graph.module, model, name, read)
+    return graph
+
+
+def _no_weights(manifest: Manifest) -> dict[str, Any]:
+    """A backbone of the manifest's shapes for `inject`, which has none of its weights."""
+    g = manifest.geometry
+    sizes = {"dim": g.dim, "ffn_dim": 1, "num_heads": g.heads, "num_layers": g.layers}
+    return sizes | {
+        "text_dim": g.text_dim,
+        "text_len": g.text_len,
+        "in_channels": g.latent_channels,
+        "patch": g.patch,
+    }
+
+
+def _schedule(manifest: Manifest) -> Schedule:
+    """The schedule whose steps are the manifest's."""
+    info = manifest.schedule
+    grid = torch.from_numpy(Schedule(info.shift).timesteps)
+    indices = [TRAINING_STEPS - int((grid - time).abs().argmin()) for time in info.timesteps]
+    return Schedule(info.shift, indices, info.context_noise)
+
+
+def _named(graphs: Iterator[Graph], name: str) -> Graph:
+    return next(graph for graph in graphs if graph.name == name)

@@ -1,0 +1,154 @@
+"""Writing a bundle is all or nothing, and its manifest says what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftvideo.export import bundle
+from swiftvideo.export.bundle import GRAPH_COUNT, export_bundle
+from swiftvideo.export.graphs import Graph
+from swiftvideo.export.weights import WeightFile
+from swiftvideo.runtime import load
+from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.manifest import GRAPHS, Manifest
+
+from . import small
+
+
+class Stub:
+    """Stands for export_graph where the graphs' content does not matter."""
+
+    def __init__(self, fail_at: str = "", error: BaseException | None = None) -> None:
+        self.fail_at, self.error, self.devices = fail_at, error, dict[str, str]()
+
+    def __call__(self, graph: Graph, folder: Path, file: WeightFile) -> None:
+        if graph.name == self.fail_at and self.error is not None:
+            raise self.error
+        parameters = [parameter.device.type for parameter in graph.module.parameters()]
+        self.devices[graph.name] = "".join(sorted(set(parameters)))
+        (folder / f"{graph.name}.onnx").write_bytes(graph.name.encode())
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    made = Stub()
+    monkeypatch.setattr(bundle, "export_graph", made)
+    return made
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_in_it(small_bundle: Path) -> None:
+    manifest, checkpoint = Manifest.load(small_bundle), small.checkpoint()
+    listed = set(manifest.files)
+    assert listed == names(small_bundle) - {"manifest.json"}
+    assert {f"onnx/{name}.onnx" for name in GRAPHS} <= listed
+    for name, entry in manifest.files.items():
+        content = (small_bundle / name).read_bytes()
+        assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert entry.size > 0, name
+    assert (manifest.model, manifest.dtype) == ("small", "fp32")
+    assert manifest.geometry == checkpoint.geometry()
+    assert (manifest.geometry.height, manifest.geometry.width) == (small.HEIGHT, small.WIDTH)
+    assert manifest.policy == checkpoint.info.policy
+    assert manifest.schedule.timesteps == tuple(checkpoint.schedule.steps.tolist())
+    assert (manifest.source.kind, manifest.source.sha256) == ("small", checkpoint.sha256)
+    assert manifest.text_encoder == "1 layers of width 16, 50 tokens"
+    assert (small_bundle / "tokenizer.json").read_bytes() == checkpoint.tokenizer
+
+
+def test_both_decoders_share_their_weights(small_bundle: Path) -> None:
+    data = {path.name: path.stat().st_size for path in (small_bundle / "onnx").glob("*.data")}
+    assert sorted(data) == ["condition.data", "decoder.data", "denoise.data", "text_encoder.data"]
+    weights = sum(parameter.numel() for parameter in small.checkpoint().vae.parameters()) * 4
+    assert data["decoder.data"] < 1.5 * weights  # a second copy would be twice; the rest is alignment
+
+
+def test_it_makes_video(small_bundle: Path) -> None:
+    with load(small_bundle, threads=1) as pipeline, pipeline.session("w1 w2", seed=3) as session:
+        first, second = next(session), next(session)
+    assert first.frames.shape == (
+        5,
+        small.HEIGHT,
+        small.WIDTH,
+        3,
+    )  # one frame, then two for each latent frame
+    assert second.frames.shape == (6, small.HEIGHT, small.WIDTH, 3)
+
+
+def test_progress(stub: Stub, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    export_bundle(small.checkpoint(), tmp_path / "b", progress=lambda *step: seen.append(step))
+    assert [name for name, _, _ in seen] == [
+        *("text_encoder", "condition", "denoise", "inject", "decode_first", "decode", "done")
+    ]
+    assert [done for _, done, _ in seen] == list(range(7))
+    assert {total for _, _, total in seen} == {GRAPH_COUNT}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_a_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(bundle, "export_graph", Stub("inject", error))
+    with pytest.raises(type(error)):
+        export_bundle(small.checkpoint(), tmp_path / "deep" / "b")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_failure_keeps_the_bundle_that_was_there(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_bundle(small.checkpoint(), tmp_path / "b")
+    before = {name: (tmp_path / "b" / name).read_bytes() for name in names(tmp_path / "b")}
+    monkeypatch.setattr(bundle, "export_graph", Stub("decode", RuntimeError("no")))
+    with pytest.raises(RuntimeError):
+        export_bundle(small.checkpoint(), tmp_path / "b", overwrite=True)
+    assert {name: (tmp_path / "b" / name).read_bytes() for name in names(tmp_path / "b")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_overwriting(stub: Stub, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    out.mkdir()
+    export_bundle(small.checkpoint(), out)  # an empty folder is as good as none
+    with pytest.raises(SettingsError, match="--overwrite"):
+        export_bundle(small.checkpoint(), out)
+    (out / "onnx" / "old.plan").write_bytes(b"x")
+    manifest = export_bundle(small.checkpoint(), out, overwrite=True, height=16, width=8)
+    assert "onnx/old.plan" not in names(out)
+    assert (manifest.geometry.height, manifest.geometry.width) == (16, 8)
+
+
+def test_only_a_bundle_is_overwritten(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SettingsError, match="holds no bundle"):
+        export_bundle(small.checkpoint(), tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError):
+        export_bundle(small.checkpoint(), tmp_path / "file", overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert stub.devices == {}
+
+
+@pytest.mark.parametrize("bad", [{"dtype": "int8"}, {"height": 9}, {"width": 2, "height": 8}])
+def test_wrong_settings(stub: Stub, tmp_path: Path, bad: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        export_bundle(small.checkpoint(), tmp_path / "b", **bad)
+    assert not (tmp_path / "b").exists()
+
+
+def test_consuming_gives_up_the_weights(stub: Stub, tmp_path: Path) -> None:
+    checkpoint = small.checkpoint()
+    export_bundle(checkpoint, tmp_path / "b", dtype="bf16", consume=True)
+    assert {name: device for name, device in stub.devices.items() if name != "inject"} == dict.fromkeys(
+        (name for name in GRAPHS if name != "inject"), "cpu"
+    )
+    parts = (checkpoint.backbone, checkpoint.text_encoder, checkpoint.vae)
+    assert all(parameter.is_meta for part in parts for parameter in part.parameters())
