@@ -230,6 +230,28 @@ def export(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="What it was made from; the bundle's own weights if absent."),
+    ] = None,
+    backbone: Annotated[
+        Path | None, typer.Option("--backbone", help="With --checkpoint: as given to export.")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option("--lora", help="With --checkpoint: as given to export.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+) -> None:
+    """Compare a bundle with the torch reference on every engine, graph by graph (needs torch)."""
+    from .exporting import verify as work
+
+    work(bundle, checkpoint=checkpoint, backbone=backbone, lora=lora, threads=threads, as_json=as_json)
+
+
+@app.command()
 def doctor() -> None:
     """Say which engines can run here, and why the others cannot."""
     from .doctor import show
