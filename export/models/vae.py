@@ -139,7 +139,8 @@ class StreamingDecoder(nn.Module):
 def to_uint8(x: Tensor) -> Tensor:
     """Frames [B,F,3,H,W] in -1..1 -> uint8 [B,F,H,W,3]."""
     pixels = ((x.float() + 1) / 2).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+    # The cast comes last: TensorRT takes uint8 for a network's outputs only. Contiguous, as the outputs of graphs are.
+    return pixels.round().permute(0, 1, 3, 4, 2).contiguous().to(torch.uint8)
 
 
 class _Pass:
