@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, load
+from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError, load
 
 from .machine import describe, memory_mib
 from .video import check_output
@@ -26,7 +26,8 @@ STAGES = ("denoise", "commit", "decode", "inject", "recache", "rest")
 """Parts of a chunk. commit: the context pass and the copy of its rows; rest: all that no stage claims."""
 BETWEEN, SWITCHES = 6, 9
 """Chunks between two measured switches, and how many of these."""
-MEMORY_AT = (20, 400)
+MEMORY_FROM, MEMORY_TO = 20, 400
+"""Chunks after which memory is read: the first is past the warm-up, the last is the default of `measure`."""
 
 Timed = tuple[Chunk, float]
 """A chunk and its wall-clock seconds."""
@@ -43,15 +44,19 @@ def measure(
     policy: str | None = None,
     engine: str = "auto",
     threads: int | None = None,
-    memory: bool = False,
+    memory_chunks: int = MEMORY_TO,
 ) -> dict[str, Any]:
     """All figures, as plain values: milliseconds unless a key says otherwise.
 
-    chunks: measured without a switch, after a warm-up that fills the window.
+    chunks: measured without a switch, after a warm-up that fills the window. memory_chunks: the later of the two at
+    which memory is read, the first being `MEMORY_FROM`; 0: memory is not measured.
 
     Raises:
+        UsageError: memory_chunks is neither 0 nor above `MEMORY_FROM`.
         SwiftVideoError: the bundle cannot be opened or run.
     """
+    if memory_chunks and memory_chunks <= MEMORY_FROM:
+        raise UsageError(f"{memory_chunks} chunks for memory: use 0, or more than {MEMORY_FROM}")
     with load(bundle, engine, threads) as pipeline:
         geometry, prompts = pipeline.geometry, prompts_for(pipeline)
         result: dict[str, Any] = {
@@ -65,8 +70,8 @@ def measure(
             "chunks": chunks,
             "frames_a_chunk": geometry.chunk * geometry.temporal_stride,
         }
-        if memory:  # first: later work would raise the peak
-            result["memory_mib"] = _memory(pipeline, prompts, policy)
+        if memory_chunks:  # first: later work would raise the peak
+            result["memory_mib"] = _memory(pipeline, prompts, policy, memory_chunks)
         result["prompt_encode"] = _spread(
             [_encode_ms(pipeline, prompts[i % len(prompts)]) for i in range(12)]
         )
@@ -143,10 +148,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"recache {row['recache']:.2f}; {row['count']} switches)"
         )
     if "memory_mib" in result:
-        for row in result["memory_mib"]:
-            console.print(
-                f"after chunk {row['chunk']}: peak memory {row['peak']:.1f} MiB, resident {row['resident']:.1f} MiB"
-            )
+        first, last = result["memory_mib"]
+        console.print(
+            f"peak memory {first['peak']:.1f} MiB after chunk {first['chunk']}, {last['peak']:.1f} MiB after chunk "
+            f"{last['chunk']}; resident {first['resident']:.1f} and {last['resident']:.1f} MiB"
+        )
 
 
 def _run(session: Session, chunks: int) -> list[Timed]:
@@ -185,15 +191,17 @@ def _switches(session: Session, prompts: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _memory(pipeline: Pipeline, prompts: Sequence[str], policy: str | None) -> list[dict[str, Any]]:
-    """Memory of this process after the chunks of `MEMORY_AT`, with a switch every `BETWEEN` chunks."""
+def _memory(
+    pipeline: Pipeline, prompts: Sequence[str], policy: str | None, chunks: int
+) -> list[dict[str, Any]]:
+    """Memory of this process after chunks `MEMORY_FROM` and `chunks`, with a switch every `BETWEEN` chunks."""
     rows = []
     with pipeline.session(prompts[0], 1, policy) as session:
-        for index in range(MEMORY_AT[-1]):
+        for index in range(chunks):
             if index and index % BETWEEN == 0:
                 session.prompt(prompts[index // BETWEEN % len(prompts)])
             next(session)
-            if index + 1 in MEMORY_AT:
+            if index + 1 in (MEMORY_FROM, chunks):
                 rows.append({"chunk": index + 1, **memory_mib()})
     return rows
 

@@ -140,6 +140,7 @@ class _Progress:
     def update(self, chunk: Any, report: Any) -> None:
         self.report = report
         if self._task is None:
+            self._bar.start()  # not before: an empty bar leaves an empty line
             self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
         self._mode = chunk.mode or self._mode
         state = f"{report.rate:5.1f} fps  window {chunk.window:2d}  {self._mode}"
@@ -147,11 +148,11 @@ class _Progress:
         self._bar.update(self._task, completed=report.frames, prompt=_plain(text), state=state)
 
     def __enter__(self) -> _Progress:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
 
 def _plain(text: str) -> str:
@@ -242,13 +243,24 @@ def verify(
     lora: Annotated[
         Path | None, typer.Option("--lora", help="With --checkpoint: as given to export.")
     ] = None,
+    graph: Annotated[
+        list[str] | None, typer.Option("--graph", help="Compare only this one; repeat it.")
+    ] = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
 ) -> None:
     """Compare a bundle with the torch reference on every engine, graph by graph (needs torch)."""
     from .exporting import verify as work
 
-    work(bundle, checkpoint=checkpoint, backbone=backbone, lora=lora, threads=threads, as_json=as_json)
+    work(
+        bundle,
+        checkpoint=checkpoint,
+        backbone=backbone,
+        lora=lora,
+        graphs=graph or None,
+        threads=threads,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -266,7 +278,10 @@ def bench(
     policy: PolicyName = None,
     engine: EngineName = "auto",
     threads: Threads = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also peak memory at chunks 20 and 400.")] = False,
+    memory_chunks: Annotated[
+        int,
+        typer.Option("--memory-chunks", min=0, help="Compare memory at chunk 20 and at this one; 0: do not."),
+    ] = 400,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure speed per stage, the cost of a switch, and memory."""
@@ -274,7 +289,7 @@ def bench(
 
     if json_file is not None:
         check_json(json_file)
-    result = measure(bundle, chunks, policy, engine, threads, memory)
+    result = measure(bundle, chunks, policy, engine, threads, memory_chunks)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from swiftvideo.runtime.engines.host import usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,10 @@ def findings() -> list[Finding]:
     from .cli import version
     from .video import OutputError, choose_codec
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [
         Finding("swiftvideo", True, version()),
         Finding("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("machine", True, f"{cores} cores for this process"),
+        Finding("machine", True, f"{usable_cores()} cores for this process"),
         _embedded(),
         _onnxruntime(),
         Finding("engine tensorrt", False, "not part of this version; use onnxruntime"),
@@ -52,7 +53,8 @@ def show(console: Console) -> None:
     """Print `findings`."""
     table = Table(box=None, show_header=False)
     for item in findings():
-        table.add_row(item.what, "[green]yes[/]" if item.usable else "[yellow]no[/]", item.note)
+        usable = Text("yes", "green") if item.usable else Text("no", "yellow")
+        table.add_row(item.what, usable, Text(item.note))
     console.print(table)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from swiftvideo.runtime import Manifest
 
@@ -32,16 +33,16 @@ def show(folder: str | Path, console: Console) -> None:
         "plans": str(len(manifest.plans) or "none"),
         "size": _size(total),
     }
-    table = Table(show_header=False, box=None, title=str(folder), title_justify="left")
+    table = Table(show_header=False, box=None, title=Text(str(folder)), title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
     files = Table(box=None)
     files.add_column("file")
     files.add_column("size", justify="right")
     files.add_column("sha256")
     for name, entry in sorted(manifest.files.items()):
-        files.add_row(name, _size(entry.size), entry.sha256[:16])
+        files.add_row(Text(name), _size(entry.size), entry.sha256[:16])
     console.print(files)
 
 

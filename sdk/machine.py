@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swiftvideo.runtime.engines.host import usable_cores
+
 LIBRARIES = ("numpy", "onnxruntime", "av", "torch", "onnx")
 
 
@@ -19,7 +21,12 @@ def describe() -> dict[str, Any]:
     from .cli import version
 
     return {
-        "machine": {"cpu": _cpu(), "cores": _cores(), "memory_gib": _memory(), "system": platform.platform()},
+        "machine": {
+            "cpu": _cpu(),
+            "cores": usable_cores(),
+            "memory_gib": _memory(),
+            "system": platform.platform(),
+        },
         "commit": commit(),
         "versions": {"swiftvideo": version(), "python": platform.python_version(), **_libraries()},
         "load_average": round(os.getloadavg()[0], 2),
@@ -60,11 +67,6 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> float:
