@@ -82,9 +82,7 @@ def build_plans(
     missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]
     if missing:
         raise BundleMissingError(f"the bundle has no graph {missing[0]!r}: it has {', '.join(GRAPHS)}")
-    for name in manifest.files:
-        if name.startswith("onnx/") and name.removeprefix("onnx/").partition(".")[0] in names:
-            _verify(manifest, name)
+    _verify(manifest, names)
     work = Path(tempfile.mkdtemp(prefix=".plans-", dir=manifest.folder))
     try:
         kernels = _kernels(manifest, wanted) if plugins else {}
@@ -99,9 +97,15 @@ def build_plans(
     return built
 
 
-def _verify(manifest: Manifest, name: str) -> None:
-    """Hash a file that a child will read by its name."""
-    dataclasses.replace(manifest, files={name: manifest.files[name]}).verify_all()
+def _verify(manifest: Manifest, graphs: list[str]) -> None:
+    """Hash the graphs and the weights that they name, which children will read from the bundle's folder."""
+    models = [bytes(manifest.read_file(f"onnx/{graph}.onnx")) for graph in graphs]
+    weights = [
+        name
+        for name in manifest.files
+        if name.endswith(".data") and any(Path(name).name.encode() in model for model in models)
+    ]
+    dataclasses.replace(manifest, files={name: manifest.files[name] for name in weights}).verify_all()
 
 
 def _kernels(manifest: Manifest, target: Target) -> dict[str, Kernel]:

@@ -68,8 +68,9 @@ class PlanInfo:
 
 
 def graph_source(manifest: Manifest, graph: str) -> str:
-    """SHA-256 over the hashes of a graph's files: what a plan of it was built from."""
-    names = sorted(name for name in manifest.files if name.startswith(f"onnx/{graph}.onnx"))
+    """SHA-256 over the hashes of a graph and of all weights: what a plan of it was built from."""
+    own = f"onnx/{graph}.onnx"
+    names = sorted(n for n in manifest.files if n == own or (n.startswith("onnx/") and n.endswith(".data")))
     text = "\n".join(f"{name} {manifest.files[name].sha256}" for name in names)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,371 @@
+"""A session on the TensorRT engine: its tensors in one arena, the captured graphs, the copies.
+
+Two streams: one for everything that touches the cache, one for decoding, which needs nothing but latents from the host
+and so runs beside the context pass. A staging buffer is written again only after its event says that its copy arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Prompt
+from swiftvideo.runtime.errors import ClosedError, UsageError
+from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
+from swiftvideo.runtime.plugins.launch import Launcher, check
+
+from .cuda import Arena, Pinned, to_bits
+
+if TYPE_CHECKING:
+    from .tensorrt import TensorRTEngine
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+RANGES = 4
+"""Rows of a commit's table that the kernel takes."""
+
+
+class TensorRTSession:
+    """Tensors of one session (see `swiftvideo.runtime.engine.EngineSession`)."""
+
+    def __init__(self, engine: TensorRTEngine) -> None:
+        g, driver = engine.geometry, engine.driver
+        self._engine, self._driver = engine, driver
+        self._sink = (g.memory_rows, g.memory_rows + g.sink * g.frame_tokens)
+        self._stream, self._decoding = engine.stream(), engine.stream()
+        tensors = self._tensors()
+        self._arena: Arena | None = Arena(driver, tensors, self._stream, "a session")
+        # One staging buffer per step of a chunk, and one event each: a copy never overwrites one that still travels.
+        upload = (
+            sum(self._arena.bytes_of(n) for n in ("noise", "step", "time_cos", "time_sin", "segments")) + 1024
+        )
+        upload = max(upload, self._arena.bytes_of("tokens"))
+        self._staging = [Pinned(driver, upload) for _ in range(g.steps + 1)]
+        self._events = [check(driver, driver.cuEventCreate(0), "making an event") for _ in self._staging]
+        check(driver, driver.cuStreamSynchronize(self._stream), "clearing memory")
+        self._back = Pinned(
+            driver, max(self._arena.bytes_of(n) for n in ("x0", "frames", "bridge", "anchor"))
+        )
+        self._commit, self._place = Launcher(engine.kernels[COMMIT]), Launcher(engine.kernels[PLACE])
+        graphs = ("denoise", "inject", "decode_first", "decode")
+        self._contexts = {
+            n: engine.network(n).create_execution_context() for n in graphs if n in engine.networks
+        }
+        self._graphs: dict[int, Any] = {}
+        self._prompt: Prompt | None = None
+        self._frames = 0
+        self._loaded = self._denoised = self._sink_saved = self._started = False
+        self._turn = 0
+
+    def load(self, latents: Float32) -> None:
+        """See `EngineSession.load`."""
+        self._upload({"latents": latents})
+        self._frames, self._loaded = latents.shape[1], True
+
+    def denoise(
+        self,
+        step: int,
+        noise: Float32 | None,
+        time_cos: Float32,
+        time_sin: Float32,
+        segments: Int32,
+        prompt: Prompt,
+    ) -> None:
+        """See `EngineSession.denoise`."""
+        arena, driver = self._open(), self._driver
+        if not self._loaded:
+            raise UsageError("no latents are loaded: call load() first")
+        if prompt is not self._prompt:
+            for name in ("cross_k", "cross_v"):
+                size = arena.bytes_of(name)
+                code = driver.cuMemcpyDtoDAsync(arena[name], prompt.cross[name], size, self._stream)
+                check(driver, code, "taking a prompt over")
+            self._prompt = prompt
+        # Without noise the next sigma is 0: whatever the buffer holds is multiplied by 0, and it is finite.
+        values: dict[str, Array] = {"step": np.array(step), "time_cos": time_cos, "time_sin": time_sin}
+        values |= {"segments": segments} | ({} if noise is None else {"noise": noise})
+        self._upload(values)
+        if self._frames not in self._graphs:
+            self._graphs[self._frames] = self._capture(self._frames)
+        check(driver, driver.cuGraphLaunch(self._graphs[self._frames], self._stream), "denoising")
+        self._denoised = True
+
+    def x0(self) -> Float32:
+        """See `EngineSession.x0`."""
+        if not self._denoised:
+            raise UsageError("nothing was denoised yet: call denoise() first")
+        shape = self._open().tensors["x0"][0]
+        return self._download("x0", (1, self._frames, *shape[2:]), self._stream)
+
+    def commit(self, ranges: Int32) -> None:
+        """See `EngineSession.commit`."""
+        arena, g = self._open(), self._engine.geometry
+        if not self._denoised:
+            raise UsageError("there is nothing to commit: call denoise() first")
+        table = np.zeros((RANGES, 3), np.int32)
+        table[: len(ranges)] = ranges
+        self._upload({"ranges": table})
+        queries, words = self._frames * g.frame_tokens, self._row_bytes() // 4
+        sizes = {"queries": queries, "words": words, "items": g.layers, "copies": 2 * RANGES}
+        names = ("fresh_k", "fresh_v", "cache_k", "cache_v", "ranges")
+        self._commit.run(int(self._stream), sizes, *(arena[n] for n in names), queries, g.rows, words)
+        first, end = self._sink
+        if any(first <= row < end for _, row, _ in ranges.tolist()):
+            self._sink_saved = False
+
+    def inject(
+        self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float
+    ) -> tuple[Float32, Float32]:
+        """See `EngineSession.inject`."""
+        arena = self._open()
+        self._upload(
+            {"spans": spans, "old_signature": old, "new_signature": new, "rho": rho, "mix": np.array([mix])}
+        )
+        inputs = ("cache_v", "spans", "old_signature", "new_signature", "rho", "mix")
+        tensors: dict[str, tuple[int, Shape | None]] = {n: (arena[n], arena.tensors[n][0]) for n in inputs}
+        tensors |= {n: (arena[n], None) for n in ("bridge", "anchor")}
+        self._engine.enqueue(self._contexts["inject"], self._stream, tensors)
+        bridge, anchor = (self._download(n, arena.tensors[n][0], self._stream) for n in ("bridge", "anchor"))
+        return bridge, anchor
+
+    def write_memory(self, row: int, tokens: Float32) -> None:
+        """See `EngineSession.write_memory`."""
+        arena, count = self._open(), tokens.shape[2]
+        self._upload({"tokens": tokens})
+        for name in ("cache_k", "cache_v"):
+            self._put(arena["tokens"], arena[name], count, self._engine.geometry.rows, row, count, 0)
+
+    def place_sink(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_sink`."""
+        arena, rows = self._open(), self._engine.geometry.rows
+        first, end = self._sink
+        count = end - first
+        if not self._sink_saved:
+            self._put(arena["cache_k"] + first * self._row_bytes(), arena["sink_k"], rows, count, 0, count, 0)
+            self._sink_saved = True
+        self._upload({"cos": cos, "sin": sin})
+        self._put(arena["sink_k"], arena["cache_k"], count, rows, first, count, len(cos))
+
+    def place_memory(self, cos: Float64, sin: Float64) -> None:
+        """See `EngineSession.place_memory`."""
+        arena, g = self._open(), self._engine.geometry
+        self._upload({"cos": cos, "sin": sin})
+        self._put(arena["cache_v"], arena["cache_k"], g.rows, g.rows, 0, g.memory_rows, len(cos))
+
+    def decode(self, latents: Float32) -> Frames:
+        """See `EngineSession.decode`."""
+        self._open()
+        parts = []
+        if not self._started:
+            parts.append(self._decode("decode_first", latents[:, :1]))
+            self._started = True
+            latents = latents[:, 1:]
+        if latents.shape[1]:
+            parts.append(self._decode("decode", latents))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
+
+    def export_state(self) -> dict[str, Array]:
+        """See `EngineSession.export_state`; bfloat16 goes out as float32, which holds it exactly."""
+        arena = self._open()
+        names = ["cache_k", "cache_v", *(["sink_k"] if self._sink_saved else [])]
+        names += self._engine.vae_caches if self._started else []
+        return {name: self._all(name) for name in names if name in arena.tensors}
+
+    def import_state(self, state: dict[str, Array]) -> None:
+        """See `EngineSession.import_state`."""
+        arena, caches = self._open(), self._engine.vae_caches
+        saved = [name for name in caches if name in state]
+        wanted = ["cache_k", "cache_v", *(["sink_k"] if "sink_k" in state else []), *saved]
+        wrong = [n for n in wanted if n not in state or state[n].shape != arena.tensors[n][0]]
+        if wrong or (saved and saved != caches):
+            raise UsageError(
+                f"{', '.join(wrong) or 'the VAE caches'} of the saved state do not fit this session: restore it with "
+                "the bundle that it was saved from"
+            )
+        for name in wanted:
+            self._upload_all(name, state[name])
+        self._sink_saved, self._started = "sink_k" in state, bool(saved)
+
+    def close(self) -> None:
+        """See `EngineSession.close`."""
+        if self._arena is None:
+            return
+        self._engine.enter()
+        for stream in (self._stream, self._decoding):
+            check(self._driver, self._driver.cuStreamSynchronize(stream), "closing a session")
+        for graph in self._graphs.values():
+            check(self._driver, self._driver.cuGraphExecDestroy(graph), "closing a session")
+        self._graphs, self._contexts, self._prompt = {}, {}, None
+        for item in (self._arena, self._back, *self._staging):
+            item.close()
+        self._arena = None
+        for event in self._events:
+            check(self._driver, self._driver.cuEventDestroy(event), "closing a session")
+        for stream in (self._stream, self._decoding):
+            check(self._driver, self._driver.cuStreamDestroy(stream), "closing a session")
+
+    # -- pieces --------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, tuple[Shape, str]]:
+        """Every tensor of a session: (shape, dtype). Those with frames have room for a window, for recaches."""
+        engine, g = self._engine, self._engine.geometry
+        dtype, heads = engine.dtype, (g.heads, g.head_dim)
+        video = (1, g.window, g.latent_channels, g.latent_height, g.latent_width)
+        fresh = (g.layers, 1, g.window * g.frame_tokens, *heads)
+        cache = (g.layers, 1, g.rows, *heads)
+        cross = (g.layers, 1, g.text_len, *heads)
+        pairs = ((g.time_pairs,), "fp32")
+        tensors: dict[str, tuple[Shape, str]] = {
+            **dict.fromkeys(("latents", "noise", "x0", "next_latents"), (video, "fp32")),
+            "step": ((), "int64"),
+            **dict.fromkeys(("time_cos", "time_sin"), ((1, g.window, g.time_pairs), "fp32")),
+            "segments": ((1, 6, 2), "int32"),
+            **dict.fromkeys(("cross_k", "cross_v"), (cross, dtype)),
+            **dict.fromkeys(("fresh_k", "fresh_v"), (fresh, dtype)),
+            **dict.fromkeys(("cache_k", "cache_v"), (cache, dtype)),
+            "sink_k": ((g.layers, 1, max(1, g.sink * g.frame_tokens), *heads), dtype),
+            "ranges": ((RANGES, 3), "int32"),
+            "cos": pairs,
+            "sin": pairs,
+            "tokens": ((g.layers, 1, max(2, g.max_anchors), *heads), dtype),
+            "spans": ((1, 5, 3, 2), "int32"),
+            **dict.fromkeys(("old_signature", "new_signature"), ((1, g.dim), "fp32")),
+            **dict.fromkeys(("rho", "mix"), ((1,), "fp32")),
+            "bridge": ((g.layers, 1, 2, *heads), dtype),
+            "anchor": ((g.layers, 1, 1, *heads), dtype),
+            "vae_latents": ((1, g.chunk, *video[2:]), "fp32"),
+            "frames": ((1, g.chunk * g.temporal_stride, g.height, g.width, 3), "uint8"),
+        }
+        for name in engine.vae_caches:  # read by one decoding, written for the next
+            tensors[name] = tensors[f"new_{name}"] = engine.described("decode", name, {0: 1})
+        return tensors
+
+    def _capture(self, frames: int) -> Any:
+        """The graph that denoises `frames` frames and loads the re-noised latents, ready to launch."""
+        arena, driver, stream = self._open(), self._driver, self._stream
+        context = self._contexts["denoise"]
+        tensors: dict[str, tuple[int, Shape | None]] = {}
+        for name in self._engine.inputs("denoise"):
+            shape = arena.tensors[name][0]
+            timed = name in ("latents", "noise", "time_cos", "time_sin")
+            tensors[name] = (arena[name], (1, frames, *shape[2:]) if timed else shape)
+        tensors |= {n: (arena[n], None) for n in ("x0", "next_latents", "fresh_k", "fresh_v")}
+        size = arena.bytes_of("latents") * frames // self._engine.geometry.window
+
+        def run() -> None:
+            self._engine.enqueue(context, stream, tensors)
+
+        # Outside the capture first: TensorRT sets itself up, and plugins load their modules, on the first run. It
+        # changes nothing that the replay does not write again.
+        run()
+        check(driver, driver.cuStreamSynchronize(stream), "the first run of denoise")
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
+        run()
+        code = driver.cuMemcpyDtoDAsync(arena["latents"], arena["next_latents"], size, stream)
+        check(driver, code, "capturing denoise")
+        graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
+        made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
+        check(driver, driver.cuGraphDestroy(graph), "capturing denoise")
+        return made
+
+    def _decode(self, graph: str, latents: Float32) -> Frames:
+        """Frames of latents by `decode_first` or `decode`, on the stream for decoding."""
+        arena, driver, stream, engine = self._open(), self._driver, self._decoding, self._engine
+        self._upload({"vae_latents": latents}, stream)
+        stride = engine.geometry.temporal_stride
+        count = latents.shape[1] * stride if graph == "decode" else 1
+        tensors: dict[str, tuple[int, Shape | None]] = {"latents": (arena["vae_latents"], latents.shape)}
+        if graph == "decode":
+            tensors |= {n: (arena[n], arena.tensors[n][0]) for n in engine.vae_caches}
+        tensors |= {f"new_{n}": (arena[f"new_{n}"], None) for n in engine.vae_caches}
+        tensors["frames"] = (arena["frames"], None)
+        engine.enqueue(self._contexts[graph], stream, tensors)
+        for name in engine.vae_caches:
+            size = arena.bytes_of(name)
+            check(
+                driver, driver.cuMemcpyDtoDAsync(arena[name], arena[f"new_{name}"], size, stream), "decoding"
+            )
+        shape = arena.tensors["frames"][0]
+        frames: Frames = self._download("frames", (1, count, *shape[2:]), stream)
+        return frames
+
+    def _put(
+        self, source: int, target: int, rows: int, into: int, first: int, count: int, pairs: int
+    ) -> None:
+        """`count` rows of a tensor with `rows` rows to rows `first`... of one with `into`, rotated if `pairs`."""
+        arena, g = self._open(), self._engine.geometry
+        sizes = {"count": count, "heads": g.heads, "items": g.layers}
+        tables = (arena["cos"], arena["sin"])
+        self._place.run(
+            int(self._stream), sizes, source, target, *tables, rows, into, first, count, g.heads, pairs
+        )
+
+    def _upload(self, values: dict[str, Array], stream: Any = None) -> None:
+        """Copy host arrays into the arena through the next staging buffer, without waiting for them to arrive."""
+        arena, driver = self._open(), self._driver
+        stream = self._stream if stream is None else stream
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._staging)
+        staging = self._staging[turn]
+        check(driver, driver.cuEventSynchronize(self._events[turn]), "waiting for a copy")
+        at = 0
+        for name, value in values.items():
+            flat = to_bits(value, arena.tensors[name][1]).reshape(-1).view(np.uint8)
+            if at + len(flat) > staging.size or len(flat) > arena.bytes_of(name):
+                raise UsageError(
+                    f"{name} of shape {value.shape} is larger than a session's: {arena.tensors[name][0]}"
+                )
+            staging.array[at : at + len(flat)] = flat
+            code = driver.cuMemcpyHtoDAsync(arena[name], staging.address + at, len(flat), stream)
+            check(driver, code, f"copying {name}")
+            at += -(-len(flat) // 16) * 16
+        check(driver, driver.cuEventRecord(self._events[turn], stream), "recording a copy")
+
+    def _download(self, name: str, shape: Shape, stream: Any) -> Array:
+        """The beginning of a tensor as an array of its own, after everything in the stream."""
+        arena, driver = self._open(), self._driver
+        dtype = arena.tensors[name][1]
+        size = arena.bytes_of(name) // max(1, int(np.prod(arena.tensors[name][0]))) * int(np.prod(shape))
+        check(
+            driver, driver.cuMemcpyDtoHAsync(self._back.address, arena[name], size, stream), f"copying {name}"
+        )
+        check(driver, driver.cuStreamSynchronize(stream), f"computing {name}")
+        return self._back.take(shape, dtype)
+
+    def _all(self, name: str) -> Array:
+        """A whole tensor, however large, through a buffer made for it."""
+        return self._whole(name, lambda _: None, self._driver.cuMemcpyDtoHAsync, out=True)
+
+    def _upload_all(self, name: str, value: Array) -> None:
+        """Set a whole tensor, however large."""
+        bits = to_bits(value, self._open().tensors[name][1])
+        self._whole(name, lambda buffer: buffer.put(bits), self._driver.cuMemcpyHtoDAsync, out=False)
+
+    def _whole(self, name: str, fill: Callable[[Pinned], Any], copy: Any, out: bool) -> Array:
+        arena, driver = self._open(), self._driver
+        for stream in (self._stream, self._decoding):
+            check(driver, driver.cuStreamSynchronize(stream), "waiting for the session")
+        buffer = Pinned(driver, arena.bytes_of(name))
+        try:
+            fill(buffer)
+            ends = (buffer.address, arena[name]) if out else (arena[name], buffer.address)
+            check(driver, copy(*ends, arena.bytes_of(name), self._stream), f"copying {name}")
+            check(driver, driver.cuStreamSynchronize(self._stream), f"copying {name}")
+            return buffer.take(*arena.tensors[name]) if out else np.empty(0)
+        finally:
+            buffer.close()
+
+    def _row_bytes(self) -> int:
+        g = self._engine.geometry
+        return g.dim * (4 if self._engine.dtype == "fp32" else 2)
+
+    def _open(self) -> Arena:
+        if self._arena is None:
+            raise ClosedError("this session was closed: open a new one")
+        self._engine.enter()
+        return self._arena
