@@ -133,16 +133,18 @@ def verify_bundle(
     folder: str | Path,
     checkpoint: Checkpoint | None = None,
     *,
+    graphs: Sequence[str] | None = None,
     threads: int | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Compare every graph of the bundle at `folder` on every engine that can run it with the torch reference.
+    """Compare the graphs of the bundle at `folder` on every engine that can run it with the torch reference.
 
     checkpoint: whose weights the reference takes, converted to the bundle's dtype in place; None: the bundle's own.
-    threads: of CPU engines. seed: of the inputs. progress: (graph, done, all), before each graph.
+    graphs: names of those to compare; None: all. threads: of CPU engines. seed: of the inputs. progress: (graph, done,
+    all), before each graph.
     Raises EngineUnavailableError where no engine can run the bundle, BundleError where a file was changed or has no
-    record of its weights, SettingsError where checkpoint and bundle are of different sizes.
+    record of its weights, SettingsError where checkpoint and bundle are of different sizes or a graph is not there.
     """
     manifest = Manifest.load(folder)
     weights = "the bundle's own" if checkpoint is None else checkpoint.kind
@@ -161,6 +163,12 @@ def verify_bundle(
     if checkpoint is not None:
         _check_sizes(manifest, checkpoint)
     names = [name for name in GRAPHS if manifest.has(f"onnx/{name}.onnx")]
+    if graphs is not None:
+        if unknown := set(graphs) - set(names):
+            raise SettingsError(
+                f"no graph {', '.join(sorted(unknown))} in this bundle: it has {', '.join(names)}"
+            )
+        names = [name for name in names if name in graphs]
     for done, name in enumerate(names):
         if progress:
             progress(name, done, len(names))

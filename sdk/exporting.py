@@ -15,6 +15,7 @@ from rich.table import Table
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
 from .inspect import show as show_bundle
+from .plans import build as build_plans, check_targets
 
 INSTALL = "pip install 'swiftvideo[export]'"
 
@@ -50,14 +51,23 @@ def export(
     dtype: str = "fp32",
     full_text_encoder: bool = False,
     overwrite: bool = False,
+    targets: list[str] | None = None,
+    plugins: bool = True,
 ) -> None:
     """Write a bundle of `checkpoint`, or of random weights in the architecture `random`, and print what is in it.
+
+    targets: TensorRT plans to build too; with neither `checkpoint` nor `random`, for the bundle that `out` holds.
 
     Raises:
         UsageError: not exactly one of `checkpoint` and `random`, or options that belong to the other.
         MissingPartError: torch or another library of the `export` extra is not installed.
         CheckpointError, SettingsError: see `swiftvideo.export`.
     """
+    check_targets(targets or [])
+    if targets and checkpoint is None and random is None:
+        with needing_torch("building plans"):
+            build_plans(out, targets, plugins, Console())
+        return
     if (checkpoint is None) == (random is None):
         raise UsageError("give either CHECKPOINT or --random NAME, such as --random wan2.1-t2v-1.3b")
     if random is not None and (backbone or lora):
@@ -94,6 +104,8 @@ def export(
                 progress=advance,
                 consume=True,
             )
+        if targets:
+            build_plans(out, targets, plugins, Console())
     show_bundle(out, Console())
 
 
@@ -103,6 +115,7 @@ def verify(
     checkpoint: Path | None = None,
     backbone: Path | None = None,
     lora: Path | None = None,
+    graphs: list[str] | None = None,
     threads: int | None = None,
     as_json: bool = False,
 ) -> None:
@@ -136,7 +149,7 @@ def verify(
             def advance(graph: str, done: int, total: int) -> None:
                 bar.update(task, description=f"{done}/{total} graphs, {graph}", completed=done, total=total)
 
-            report = verify_bundle(bundle, source, threads=threads, progress=advance)
+            report = verify_bundle(bundle, source, graphs=graphs, threads=threads, progress=advance)
     if as_json:
         print(json.dumps(report.as_json()))
     else:

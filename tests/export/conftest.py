@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from .small import checkpoint
-
 
 @pytest.fixture(scope="session")
 def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small checkpoint's bundle. Copy it before changing it."""
     from swiftvideo.export.bundle import export_bundle
+
+    from .small import checkpoint
 
     folder = tmp_path_factory.mktemp("small") / "bundle"
     export_bundle(checkpoint(), folder)

@@ -84,10 +84,10 @@ def test_against_the_checkpoint(small_bundle: Path) -> None:
 def test_a_changed_weight_is_detected(copy: Path, file: str, graphs: set[str]) -> None:
     flip(copy, file)
     with pytest.raises(BundleIntegrityError, match=file):
-        verify_bundle(copy, threads=1)
+        verify_bundle(copy, graphs=[*graphs], threads=1)
     accept(copy)  # whoever changed it also changed the manifest: only the checkpoint tells
-    report = verify_bundle(copy, small.checkpoint(), threads=1)
-    assert graphs <= {check.graph for check in report.failures}
+    report = verify_bundle(copy, small.checkpoint(), graphs=[*graphs, "inject"], threads=1)
+    assert {check.graph for check in report.failures} == graphs
 
 
 def test_a_changed_graph_is_detected_without_the_checkpoint(copy: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_changed_graph_is_detected_without_the_checkpoint(copy: Path) -> None:
         next(a for a in node.attribute if a.name == "scale").f *= 0.5
 
     change(copy, "denoise", weaken)
-    report = verify_bundle(copy, threads=1)
+    report = verify_bundle(copy, graphs=["denoise", "condition"], threads=1)
     assert {check.graph for check in report.failures} == {"denoise"}
     assert report.as_json()["passed"] is False
 
@@ -110,11 +110,11 @@ def test_weights_that_are_not_recorded(copy: Path) -> None:
 
     change(copy, "denoise", forget)
     with pytest.raises(BundleError, match=r"denoise, .* is not finite.*--checkpoint"):
-        verify_bundle(copy, threads=1)
-    assert verify_bundle(copy, small.checkpoint(), threads=1).failures == []
+        verify_bundle(copy, graphs=["denoise"], threads=1)
+    assert verify_bundle(copy, small.checkpoint(), graphs=["denoise"], threads=1).failures == []
     change(copy, "denoise", lambda model: model.ClearField("metadata_props"))
     with pytest.raises(BundleError, match=r"does not record swift\.config"):
-        verify_bundle(copy, threads=1)
+        verify_bundle(copy, graphs=["denoise"], threads=1)
 
 
 def test_a_bundle_that_no_engine_can_run(copy: Path) -> None:
@@ -128,10 +128,14 @@ def test_an_engine_that_is_not_there_is_named(small_bundle: Path, monkeypatch: p
         raise EngineUnavailableError("no such device")
 
     monkeypatch.setitem(verify.ENGINES, "abacus", missing)
-    monkeypatch.setattr(verify, "GRAPHS", ("inject",))
-    report = verify_bundle(small_bundle, threads=1)
+    report = verify_bundle(small_bundle, graphs=["inject"], threads=1)
     assert report.unavailable == {"abacus": "no such device"}
     assert {check.engine for check in report.checks} == {"onnxruntime"}
+
+
+def test_a_graph_that_is_not_there(small_bundle: Path) -> None:
+    with pytest.raises(SettingsError, match="no graph encode in this bundle: it has text_encoder"):
+        verify_bundle(small_bundle, graphs=["denoise", "encode"])
 
 
 def test_another_checkpoint(small_bundle: Path) -> None:
@@ -156,7 +160,7 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     change(copy, "inject", other)
     with pytest.raises(exporting.MismatchError, match=r"of inject \(.*\) on onnxruntime"):
-        exporting.verify(copy, threads=1, as_json=True)
+        exporting.verify(copy, graphs=["inject"], threads=1, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed["passed"] is False
     assert {check["output"] for check in printed["checks"]} == {"bridge", "anchor"}
