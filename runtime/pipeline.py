@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import cast
 
 from .engine import Engine, Prompt
-from .errors import BundleMissingError, ClosedError, EngineUnavailableError, SettingsError, UsageError
+from .errors import BundleMissingError, ClosedError, SettingsError, UsageError
 from .geometry import Geometry, Policy, PolicySettings
 from .manifest import TOKENIZER_NAME, Manifest
 from .session import Session
@@ -22,8 +22,9 @@ EMBEDDED = Path(__file__).parent / "bundles" / "default"
 def load(path: str | Path | None = None, engine: str = "auto", threads: int | None = None) -> Pipeline:
     """Open a bundle, checking the hash of every file that is used.
 
-    path: of a bundle's folder; None: the embedded model. engine: "auto" or "onnxruntime". threads: of the CPU
-    engine; None: one for every core that this process may use.
+    path: of a bundle's folder; None: the embedded model. engine: "onnxruntime", "tensorrt", or "auto": TensorRT where
+    the bundle has plans that this machine can run, else ONNX Runtime. threads: of the CPU engine; None: one for every
+    core that this process may use.
 
     Raises:
         BundleError: the bundle is missing, of another version, or was changed.
@@ -31,12 +32,13 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
         SettingsError: no such engine.
     """
     manifest = Manifest.load(EMBEDDED if path is None else path)
-    if engine == "tensorrt":
-        raise EngineUnavailableError(
-            "the TensorRT engine is not part of this version: use engine='onnxruntime'"
-        )
-    if engine not in ("auto", "onnxruntime"):
-        raise SettingsError(f"engine is {engine!r}: use 'auto' or 'onnxruntime'")
+    if engine not in ("auto", "onnxruntime", "tensorrt"):
+        raise SettingsError(f"engine is {engine!r}: use 'auto', 'onnxruntime' or 'tensorrt'")
+    if engine == "tensorrt" or (engine == "auto" and manifest.plans):
+        from .engines.tensorrt import TensorRTEngine, runs
+
+        if engine == "tensorrt" or runs(manifest):
+            return Pipeline(TensorRTEngine(manifest), manifest)
     from .engines.onnxruntime import OnnxRuntimeEngine
 
     return Pipeline(OnnxRuntimeEngine(manifest, threads), manifest)

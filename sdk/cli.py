@@ -25,7 +25,7 @@ app = typer.Typer(
 Bundle = Annotated[
     Path | None, typer.Option("--bundle", help="A bundle's folder; the embedded model if absent.")
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="auto or onnxruntime; see 'swiftvideo doctor'.")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, onnxruntime or tensorrt; see 'swiftvideo doctor'.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Of the CPU engine; all cores if absent.")
 ]
@@ -212,8 +212,15 @@ def export(
         bool, typer.Option("--full-text-encoder", help="With --random: all of its layers, not two.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="Also build TensorRT plans: h100, h200, rtx:sm89, ...; repeat it."),
+    ] = None,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Plans of standard layers alone; slower.")
+    ] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle (needs torch)."""
+    """Turn a checkpoint into a bundle (needs torch). With --target alone, add plans to the bundle at --out."""
     from .exporting import export as work
 
     work(
@@ -227,6 +234,8 @@ def export(
         dtype=dtype,
         full_text_encoder=full_text_encoder,
         overwrite=overwrite,
+        targets=target,
+        plugins=not no_plugins,
     )
 
 

@@ -24,8 +24,9 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Python, machine, engines, codec and the parts for exporting, in that order."""
+    """Python, machine, engines, GPUs, codec and the parts for exporting, in that order."""
     from .cli import version
+    from .gpus import gpu_findings
     from .video import OutputError, choose_codec
 
     found = [
@@ -34,7 +35,7 @@ def findings() -> list[Finding]:
         Finding("machine", True, f"{usable_cores()} cores for this process"),
         _embedded(),
         _onnxruntime(),
-        Finding("engine tensorrt", False, "not part of this version; use onnxruntime"),
+        *gpu_findings(),
     ]
     try:
         found.append(Finding("video", True, f"encoder {choose_codec()}"))

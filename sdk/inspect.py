@@ -10,6 +10,8 @@ from rich.text import Text
 
 from swiftvideo.runtime import Manifest
 
+from .plans import show as show_plans
+
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -44,6 +46,7 @@ def show(folder: str | Path, console: Console) -> None:
     for name, entry in sorted(manifest.files.items()):
         files.add_row(Text(name), _size(entry.size), entry.sha256[:16])
     console.print(files)
+    show_plans(manifest, console)
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from swiftvideo.runtime.engine import Float32, Int64, Prompt
@@ -79,6 +78,15 @@ def usable_plans(
             )
         )
     raise problems[0]
+
+
+def runs(manifest: Manifest, device: int = 0) -> bool:
+    """Whether this machine can run the bundle's plans, as far as can be told without loading them."""
+    try:
+        usable_plans(manifest, find_gpus()[device])
+    except (EngineUnavailableError, BundleError):
+        return False
+    return True
 
 
 class TensorRTEngine:

@@ -30,7 +30,7 @@ def cuda_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EngineUnavailableError(
-            f"cuda-python is not installed ({error}): pip install 'swiftvideo[tensorrt]'"
+            f"cuda-python is not installed ({error}): pip install 'swiftvideo[tensorrt]'; or use engine='onnxruntime'"
         ) from error
     return driver
 

@@ -1,0 +1,103 @@
+"""What `swiftvideo doctor` says of GPUs, drivers and the TensorRT engine."""
+
+from __future__ import annotations
+
+from swiftvideo.runtime.errors import SwiftVideoError
+
+from .doctor import Finding
+
+
+def gpu_findings() -> list[Finding]:
+    """Driver and GPUs, CUDA for Python, both products, the plugins' kernels, and whether the engine can run."""
+    return [_nvml(), _cuda(), *_flavours(), _kernels(), _engine()]
+
+
+def _nvml() -> Finding:
+    """Driver and GPUs, as NVML has them; the TensorRT engine itself does not need NVML."""
+    what = "NVIDIA GPUs"
+    try:
+        import pynvml
+    except ImportError:
+        return Finding(what, False, "nvidia-ml-py is not installed: pip install 'swiftvideo[serve]'")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return Finding(what, False, f"{error}: install the driver (https://www.nvidia.com/drivers)")
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
+            free, total = memory.free / 2**30, memory.total / 2**30
+            found.append(
+                f"{pynvml.nvmlDeviceGetName(device)} (sm{major}{minor}, {free:.1f} of {total:.1f} GiB free)"
+            )
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return Finding(what, bool(found), f"driver {driver}: {', '.join(found) or 'no GPU'}")
+    except pynvml.NVMLError as error:
+        return Finding(what, False, f"NVML failed: {error}")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _cuda() -> Finding:
+    from swiftvideo.runtime.engines.cuda import find_gpus
+
+    try:
+        gpus = find_gpus()
+    except SwiftVideoError as error:
+        return Finding("CUDA", False, str(error))
+    return Finding("CUDA", True, f"{gpus[0].driver}, {len(gpus)} GPUs for this process")
+
+
+def _flavours() -> list[Finding]:
+    from swiftvideo.runtime.plugins.flavours import FLAVOURS
+
+    found = []
+    for flavour in FLAVOURS.values():
+        release = flavour.installed
+        note = release or f"not installed: {flavour.install}"
+        if release is not None:
+            try:
+                flavour.load()
+            except SwiftVideoError as error:
+                found.append(Finding(flavour.name, False, str(error)))
+                continue
+            sm = ", ".join(f"sm{capability}" for capability in flavour.capabilities)
+            note = f"{release}; plans for {sm}"
+        found.append(Finding(flavour.name, release is not None, note))
+    return found
+
+
+def _kernels() -> Finding:
+    """Whether plans with plugins can be built here; running them needs nothing but the plan."""
+    import importlib.metadata
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return Finding("plugins", False, "triton is not installed, so none can be built: pip install triton")
+    return Finding("plugins", True, f"kernels can be compiled, triton {importlib.metadata.version('triton')}")
+
+
+def _engine() -> Finding:
+    """The first thing that keeps the engine from running, with what would fix it."""
+    from swiftvideo.runtime.engines.cuda import find_gpus
+    from swiftvideo.runtime.plugins.flavours import FLAVOURS
+
+    what = "engine tensorrt"
+    try:
+        gpu = find_gpus()[0]
+    except SwiftVideoError as error:
+        return Finding(what, False, str(error))
+    usable = [flavour for flavour in FLAVOURS.values() if flavour.installed]
+    if not usable:
+        commands = " or ".join(flavour.install for flavour in FLAVOURS.values())
+        return Finding(what, False, f"no TensorRT is installed: {commands}")
+    fitting = [flavour.name for flavour in usable if gpu.capability in flavour.capabilities]
+    if not fitting:
+        return Finding(
+            what, False, f"no plans can be built for sm{gpu.capability}: {FLAVOURS['tensorrt'].install}"
+        )
+    target = "h200" if gpu.capability == 90 else f"rtx:sm{gpu.capability}"
+    return Finding(what, True, f"for bundles with plans: swiftvideo export --out BUNDLE --target {target}")
