@@ -5,7 +5,14 @@ from decimal import Decimal, getcontext
 import numpy as np
 import pytest
 
+from swiftvideo.runtime import Pipeline, PolicySettings, Prompt, WindowSettings, memory
 from swiftvideo.runtime.positions import rotation, time_tables
+from tests.runtime.watch import Run, Shifted, turned
+
+
+@pytest.fixture(scope="module")
+def prompts(pipeline: Pipeline, texts: tuple[str, ...]) -> tuple[Prompt, Prompt]:
+    return pipeline.encode(texts[0]), pipeline.encode(texts[1])
 
 
 @pytest.mark.parametrize("start", [0, 12, 10_000_000])
@@ -28,3 +35,76 @@ def test_a_rotation_moves_a_frame_forward() -> None:
     (to_cos,), (to_sin,) = time_tables(12, 1, 22)
     np.testing.assert_allclose(from_cos * cos - from_sin * sin, to_cos, atol=2e-7)
     np.testing.assert_allclose(from_cos * sin + from_sin * cos, to_sin, atol=2e-7)
+
+
+def test_windowed_equals_absolute_while_the_sink_is_within_the_window(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    runs = [Run(pipeline.engine, prompts[0], PolicySettings(positions=p)) for p in ("windowed", "absolute")]  # type: ignore[arg-type]
+    for run in runs:
+        run.rollout.ask(turned(prompts[0], prompts[1], 0.3), 6)
+    for index in range(6):
+        windowed, absolute = (run.chunks(1)[0].latents for run in runs)
+        difference = float(np.abs(windowed - absolute).max())
+        assert difference < 1e-4 if index < 4 else difference > 1e-4, index
+
+
+def test_no_key_is_ever_further_than_the_window(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+    monkeypatch.setattr(
+        memory, "rotation", lambda frames, pairs: (turns.append(frames), rotation(frames, pairs))[1]
+    )
+    run = Run(
+        pipeline.engine, prompts[0], PolicySettings(window=WindowSettings(enabled=False), global_sink=False)
+    )
+    g = pipeline.geometry
+    sink = place = memories = 0
+    for chunk in range(12):
+        if chunk in (3, 5, 8):
+            run.rollout.ask(turned(run.rollout.prompt, prompts[chunk % 2], 0.9 if chunk == 8 else 0.4))
+        run.tensors.calls.clear()
+        run.forwards.clear()
+        turns.clear()
+        run.chunks(1)
+        offsets, forwards = iter(turns), iter(run.forwards)
+        for name, arguments in run.tensors.calls:
+            if name == "place_sink":
+                place = next(offsets)
+            elif name == "place_memory":
+                memories = next(offsets)
+            elif name == "write_memory":
+                memories = 0
+            elif name == "denoise":
+                call = next(forwards)
+                newest = call.start + call.frames - 1
+                if chunk:
+                    assert newest - (sink + place) < g.window and sink + place + g.sink - 1 <= newest
+                    shown = [n for a, n in arguments[4].tolist() if n and a < g.memory_rows]
+                    assert not shown or newest - memories < g.window
+            elif name == "commit":
+                for fresh, row, _ in arguments[0].tolist():
+                    if row == g.memory_rows:
+                        sink, place = call.start + fresh // g.frame_tokens, 0
+    assert sink > 0  # the full recache moved it, and it was followed
+
+
+def test_a_cache_that_begins_at_frame_ten_million_behaves_the_same(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...]
+) -> None:
+    g = pipeline.geometry
+    first = 10_000_000 // g.chunk + 1
+    near = Run(pipeline.engine, prompts[0], PolicySettings())
+    far = Run(pipeline.engine, prompts[0], PolicySettings(), Shifted(first, near.rollout.noise))
+    far.rollout.index, far.rollout.segment = first, first * g.chunk
+    far.memory._clear(first * g.chunk)
+    for run, offset in ((near, 0), (far, first * g.chunk)):
+        run.rollout.ask(turned(prompts[0], prompts[1], 0.75), offset + 6)
+        run.rollout.ask(turned(prompts[1], prompts[0], 0.9), offset + 15)
+    for _ in range(7):
+        a, b = near.chunks(1)[0], far.chunks(1)[0]
+        assert (a.window, a.switch and a.switch.mode) == (b.window, b.switch and b.switch.mode)
+        assert b.start - a.start == first * g.chunk
+        np.testing.assert_allclose(b.latents, a.latents, atol=1e-4)
+    assert far.cache.local_end == near.cache.local_end

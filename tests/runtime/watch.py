@@ -87,3 +87,15 @@ def turned(old: Prompt, new: Prompt, rho: float) -> Prompt:
     b *= np.linalg.norm(a) / np.linalg.norm(b)
     signature = (1 - rho) * a + np.sqrt(1 - (1 - rho) ** 2) * b
     return dataclasses.replace(new, signature=signature.astype(np.float32))
+
+
+class Shifted:
+    """The noise of `source` from chunk 0 for the chunks from `first` on, and other noise before."""
+
+    def __init__(self, first: int, source: Any, before: int = 0) -> None:
+        self.first, self.source, self.before = first, source, before
+
+    def draw(self, chunk: int, step: int) -> Any:
+        if self.before:
+            return self.source.draw(chunk + (self.before if chunk < self.first else 0), step)
+        return self.source.draw(chunk - self.first, step)
