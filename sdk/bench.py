@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,8 +117,9 @@ def prompts_for(pipeline: Pipeline) -> Sequence[str]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the figures of `measure` as a table."""
+    say = functools.partial(console.print, soft_wrap=True)
     machine, speed = result["machine"], result["frames_per_second"]
-    console.print(
+    say(
         f"{result['model']} {result['size'][0]}x{result['size'][1]} {result['dtype']}, {result['engine']}, "
         f"{result['threads']} threads, policy {result['policy']}; {machine['cpu']}, {machine['cores']} cores; "
         f"commit {result['commit'] or 'unknown'}; load average {result['load_average']}"
@@ -138,18 +140,18 @@ def show(result: dict[str, Any], console: Console) -> None:
     encode = result["prompt_encode"]
     table.add_row("a new prompt's encoding", f"{encode['median']:.2f}", f"{encode['p99']:.2f}", "once")
     console.print(table)
-    console.print(
+    say(
         f"{speed['with_decoding']:.1f} frames per second with the VAE, {speed['without_decoding']:.1f} without "
         f"({result['chunks']} chunks, mean window {result['mean_window']:.1f})"
     )
     for mode, row in result["switch"].items():
-        console.print(
+        say(
             f"switch, {mode}: {row['extra']:+.2f} ms over a steady chunk (inject {row['inject']:.2f}, "
             f"recache {row['recache']:.2f}; {row['count']} switches)"
         )
     if "memory_mib" in result:
         first, last = result["memory_mib"]
-        console.print(
+        say(
             f"peak memory {first['peak']:.1f} MiB after chunk {first['chunk']}, {last['peak']:.1f} MiB after chunk "
             f"{last['chunk']}; resident {first['resident']:.1f} and {last['resident']:.1f} MiB"
         )

@@ -251,8 +251,10 @@ def test_without_a_bridge_every_switch_is_a_full_recache(
 def test_thresholds_scale_and_micro_of_the_bridge(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
     settings = BridgeSettings(tau_low=0.2, tau_high=0.4, scale=2.5, decay=1.0, micro=5)
     run = started(pipeline, prompts[0], bridge=settings)
+    emitted = run.rollout.emitted
     step = run.switch(turned(prompts[0], prompts[1], 0.3))
     assert step.switch.mode == "bridge+micro-recache" and run.forwards[0].frames == 5
+    np.testing.assert_array_equal(run.tensors.named("load")[0][0], emitted[:, -5:])
     assert run.memory.bridge is not None
     np.testing.assert_allclose(run.rows()[1][:, :, :2], run.memory.bridge * 2.5, rtol=1e-6)
     assert started(pipeline, prompts[0], 2, bridge=settings).switch(

@@ -56,6 +56,7 @@ def test_a_restored_session_continues_byte_for_byte(
         session.save(tmp_path / "middle")
         rest = advance(session, 5)
         session.save(tmp_path / "end")
+        last = next(session)
     assert {path.name for path in tmp_path.iterdir()} == {"start", "middle", "end"}
     with pipeline.restore(tmp_path / "start") as again:
         for a, b in zip(first[:2], advance(again, 2), strict=True):
@@ -76,7 +77,10 @@ def test_a_restored_session_continues_byte_for_byte(
         again.save(tmp_path / "end2")
     with pipeline.restore(tmp_path / "end") as one, pipeline.restore(tmp_path / "end2") as two:
         two._rollout.pending.clear()
-        np.testing.assert_array_equal(next(one).frames, next(two).frames)
+        for again in (one, two):
+            chunk = next(again)
+            assert (chunk.window, chunk.prompt_id) == (last.window, last.prompt_id)
+            np.testing.assert_array_equal(chunk.frames, last.frames)
 
 
 def test_saving_changes_nothing(pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path) -> None:
