@@ -1,0 +1,176 @@
+"""Plans of real graphs, built by TensorRT-RTX without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from rich.console import Console
+
+from swiftvideo.export import tensorrt as builder
+from swiftvideo.export.onnx_ops import DOMAIN
+from swiftvideo.export.tensorrt import PlanBuildError, build_plans
+from swiftvideo.runtime.errors import (
+    BundleIntegrityError,
+    BundleMissingError,
+    EngineUnavailableError,
+    SettingsError,
+)
+from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
+from swiftvideo.runtime.plugins.flavours import RTX, Flavour
+from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, read_kernel
+from swiftvideo.runtime.plugins.plans import choose_plans, plans_of
+from swiftvideo.sdk.inspect import show
+
+
+def our_nodes(bundle: Path, graph: str) -> list[tuple[str, int]]:
+    """(op, layer) of the nodes of our domain, from the ONNX file itself."""
+    model = onnx.load(bundle / "onnx" / f"{graph}.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    return [(n.op_type, next((a.i for a in n.attribute if a.name == "layer"), 0)) for n in nodes]
+
+
+def plugin_layers(bundle: Path, file: str) -> list[dict[str, Any]]:
+    report = json.loads((bundle / file).read_text())
+    return [layer for layer in report["layers"] if layer["type"] == "custom_layer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["rtx:sm89", "rtx:sm120"])
+@pytest.mark.parametrize("plugins", [True, False], ids=["plugins", "functions"])
+def test_all_graphs_of_the_embedded_model(
+    rtx: None, tiny_bundle: Path, tmp_path: Path, target: str, plugins: bool
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    before = Manifest.load(bundle)
+    built = build_plans(bundle, target, plugins=plugins)
+    manifest = Manifest.load(bundle)
+    manifest.verify_all()
+    assert {item.info.graph for item in built} == set(GRAPHS)
+    assert before.fingerprint == manifest.fingerprint
+    for item in built:
+        plan = item.info
+        assert (bundle / plan.file).stat().st_size == item.size > 0
+        found = plugin_layers(bundle, plan.layers)
+        if not plugins:
+            assert not found and not plan.plugins and plan.functions
+            continue
+        wanted = our_nodes(bundle, plan.graph)
+        assert len(found) == len(wanted)
+        for op, layer in wanted:
+            assert any(f"swift.{op}.{layer}." in item["name"] for item in found)
+        assert {op for op, _ in wanted} == set(plan.plugins)
+    g = manifest.geometry
+    if plugins:
+        assert our_nodes(bundle, "denoise") == [(ATTENTION, i) for i in range(g.layers)]
+        assert our_nodes(bundle, "inject") == [(INJECTION, 0)]
+        for op in OPS:
+            assert read_kernel(manifest, op, built[0].info.capability).spec.dtype == manifest.dtype
+    chosen = choose_plans(manifest, RTX.name, built[0].info.version, built[0].info.capability)
+    assert set(chosen) == set(GRAPHS)
+
+
+def test_plans_with_plugins_are_preferred_and_rebuilding_replaces(small: Path) -> None:
+    for plugins in (False, True, True):
+        build_plans(small, "rtx:sm86", plugins=plugins, graphs=["inject"])
+    manifest = Manifest.load(small)
+    manifest.verify_all()
+    plans = plans_of(manifest)
+    assert sorted(plan.functions for plan in plans) == [False, True]
+    chosen = choose_plans(manifest, RTX.name, str(RTX.installed), 86)
+    assert list(chosen) == ["inject"] and not chosen["inject"].functions
+    assert set(manifest.files) == set(measure_files(small))
+
+
+def test_inspect_shows_plugins_precisions_and_bindings(small: Path) -> None:
+    build_plans(small, "rtx:sm89", graphs=["inject"])
+    console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    show(small, console)
+    text = console.export_text()
+    assert "swift.SemanticInjection.0." in text
+    assert "tensorrt_rtx" in text and "compute capability 89" in text
+    assert "cache_v FLOAT[2, -1, -1, 2, 24]" in text and "Float: 1" in text
+
+
+def test_progress_is_told(small: Path) -> None:
+    told: list[tuple[str, str, int, int]] = []
+    build_plans(small, "rtx:sm89", graphs=["inject"], progress=lambda *args: told.append(args))
+    assert {graph for graph, *_ in told} == {"inject"}
+    assert any(step == steps > 0 for _, _, step, steps in told)
+
+
+def unchanged(bundle: Path, before: dict[str, Any]) -> bool:
+    Manifest.load(bundle).verify_all()
+    return measure_files(bundle) == before and not list(bundle.glob(".plans-*"))
+
+
+def test_a_failed_build_names_graph_and_layer_and_leaves_the_bundle(small: Path) -> None:
+    path = small / "onnx" / "inject.onnx"
+    model = onnx.load(path)
+    node = onnx.helper.make_node(
+        "Cast", ["bridge"], ["bytes"], name="a_strange_cast", to=onnx.TensorProto.UINT8
+    )
+    again = onnx.helper.make_node("Add", ["bytes", "bytes"], ["twice"], name="a_strange_sum")
+    model.graph.node.extend([node, again])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("twice", onnx.TensorProto.UINT8, None))
+    onnx.save(model, path)
+    manifest = Manifest.load(small)
+    import dataclasses
+
+    dataclasses.replace(manifest, files=measure_files(small)).save(small)
+    before = measure_files(small)
+    with pytest.raises(
+        PlanBuildError, match=r"(?s)no plan of inject for rtx:sm89, layer a_strange_.*UINT8.*log ends"
+    ):
+        build_plans(small, "rtx:sm89")
+    assert unchanged(small, before)
+
+
+def test_a_builder_that_dies_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measure_files(small)
+    monkeypatch.setattr(builder.sys, "executable", "/bin/false")  # type: ignore[attr-defined]
+    with pytest.raises(PlanBuildError, match="no plan of inject for rtx:sm89: exit code 1"):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert unchanged(small, before)
+
+
+def test_a_changed_graph_is_not_built(small: Path) -> None:
+    path = small / "onnx" / "inject.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleIntegrityError, match="inject"):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+
+
+def test_a_lost_plugin_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder whose report has none of our layers as plugins does not pass."""
+
+    def lose(result: str) -> Any:
+        data = json.loads(result)
+        for layer in data.get("layers", []):
+            layer["plugin"] = False
+        return data
+
+    before = measure_files(small)
+    monkeypatch.setattr(builder, "json", type("Json", (), {"loads": staticmethod(lose), "dumps": json.dumps}))
+    with pytest.raises(PlanBuildError, match=r"no plugin layer for swift\.SemanticInjection"):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert unchanged(small, before)
+
+
+def test_unknown_targets_and_graphs(small: Path) -> None:
+    with pytest.raises(SettingsError, match=r"target is 'rtx:sm90': use h100, h200, rtx:sm80"):
+        build_plans(small, "rtx:sm90")
+    with pytest.raises(BundleMissingError, match="no graph 'paint'"):
+        build_plans(small, "rtx:sm89", graphs=["paint"])
+
+
+def test_a_product_that_is_not_installed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flavour, "installed", None)
+    with pytest.raises(EngineUnavailableError, match=r"--target h200 needs tensorrt.*pip install"):
+        build_plans(small, "h200")
