@@ -1,0 +1,103 @@
+"""What can be set about a server."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from swiftvideo.runtime.errors import SettingsError
+
+MAX_MESSAGE = 64 * 1024
+"""Bytes of a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Settings of a server. Raises SettingsError where they contradict each other or are not safe."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0: a free one."""
+    tokens: Path | None = None
+    """File of bearer tokens (`auth.TokenFile`); None: calls need none."""
+    certificate: Path | None = None
+    """PEM chain of the server; read again when it changes."""
+    key: Path | None = None
+    """PEM key of `certificate`."""
+    client_ca: Path | None = None
+    """PEM roots of clients; set: mTLS, clients without a certificate of theirs are refused."""
+    insecure: bool = False
+    """Serve on other than loopback addresses without TLS or tokens."""
+    reflection: bool = False
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    """HTTP port of /metrics; 0: a free one; None: no metrics endpoint."""
+    max_sessions: int = 16
+    max_sessions_per_client: int = 4
+    max_credits: int = 16
+    max_pending_prompts: int = 64
+    """Prompts of a session that wait for their chunk."""
+    max_linger: float = 120.0
+    """Seconds that a session waits for a reattach."""
+    max_load: float | None = 1.0
+    """Admit a session while all of them together need at most this share of the engine's time to play without a
+    break; the first is always admitted. None: no such limit."""
+    memory_reserve: int = 256 << 20
+    """Bytes of memory that admission leaves free."""
+    start_timeout: float = 10.0
+    """Seconds until a call's first message must be there."""
+    grace: float = 20.0
+    """Seconds that a drain lets sessions run on."""
+    snapshots: Path | None = None
+    """Folder of snapshots; None: none are kept."""
+    snapshot_chunks: int = 10
+    """A session is saved after every so many chunks."""
+    snapshot_age: float = 3600.0
+    """Seconds that the snapshot of a session that nobody took up is kept."""
+    watchdog: float = 60.0
+    """Seconds that one chunk may take before the engine counts as stuck."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port is {self.port}: use 0 to 65535")
+        for name in ("max_sessions", "max_sessions_per_client", "max_credits", "max_pending_prompts"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: use at least 1")
+        for name in ("start_timeout", "watchdog", "snapshot_chunks", "snapshot_age"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: it must be positive")
+        for name in ("grace", "max_linger", "memory_reserve"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.max_load is not None and self.max_load <= 0:
+            raise SettingsError(f"max_load is {self.max_load}: it must be positive, or absent for no limit")
+        if (self.certificate is None) != (self.key is None):
+            raise SettingsError("TLS needs both a certificate and its key: give both or neither")
+        if self.client_ca is not None and self.certificate is None:
+            raise SettingsError("client_ca without a certificate: clients can only be checked under TLS")
+        if not self.insecure and not self.loopback:
+            missing = [
+                what for what, at in (("TLS", self.certificate), ("tokens", self.tokens)) if at is None
+            ]
+            if missing:
+                raise SettingsError(
+                    f"{self.host} is not a loopback address and {' and '.join(missing)} are missing: give a "
+                    "certificate, its key and a file of tokens, serve on 127.0.0.1, or pass --insecure"
+                )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def address(self) -> str:
+        """For gRPC."""
+        host = f"[{self.host}]" if ":" in self.host and not self.host.startswith("[") else self.host
+        return f"{host}:{self.port}"

@@ -1,0 +1,217 @@
+"""The engine's thread: makes chunks of all sessions, one at a time, the most urgent first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swiftvideo.runtime import Chunk, Session
+from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A chunk, or what kept it from being made. Seconds."""
+
+    chunk: Chunk | None
+    error: BaseException | None
+    queued: float
+    """From the moment the chunk could be made."""
+    took: float
+    saved: str | None = None
+    """Path of the snapshot that was written right after the chunk."""
+
+
+class Job:
+    """A session as the engine's thread sees it. Change it only through `EngineThread`.
+
+    Args:
+        session: of the runtime.
+        done: called in the engine's thread with every `Made`; after one with an error no other comes.
+        period: seconds that a chunk plays.
+        next_chunk: index of the chunk that is made first.
+        save_path: gives the file for a snapshot after the chunk of that index, or None for none.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        done: Callable[[Made], None],
+        period: float,
+        next_chunk: int = 0,
+        save_path: Callable[[int], str | None] = lambda index: None,
+    ) -> None:
+        self.session = session
+        self.done = done
+        self.period = period
+        self.next_chunk = next_chunk
+        self.save_path = save_path
+        self.limit = next_chunk
+        """Chunks with a smaller index may be made."""
+        self.held = True
+        self.cancelled = False
+        self.deadline = 0.0
+        """When the next chunk should be there, monotonic."""
+        self.ready_since = 0.0
+        self.forwards = 0
+        """Runs of the backbone so far."""
+        self.forwards_cancelled = 0
+        """Those that ended after the cancel."""
+        session.interrupt = self._interrupt
+
+    @property
+    def ready(self) -> bool:
+        """Whether a chunk may be made."""
+        return not self.held and not self.cancelled and self.next_chunk < self.limit
+
+    def _interrupt(self) -> bool:
+        self.forwards += 1
+        if self.cancelled:
+            self.forwards_cancelled += 1
+        return self.cancelled
+
+
+class EngineThread:
+    """One worker over all jobs. Deadlines: a chunk is due when the one before has played, or at once where the session
+    is behind, so sessions that are late take turns and none starves."""
+
+    def __init__(self, on_crash: Callable[[BaseException], None] | None = None) -> None:
+        self._condition = threading.Condition()
+        self._jobs: set[Job] = set()
+        self._running: Job | None = None
+        self._running_since = 0.0
+        self._stopping = False
+        self._on_crash = on_crash
+        self._thread = threading.Thread(target=self._work, name="swiftvideo-engine", daemon=True)
+        self._thread.start()
+
+    def add(self, job: Job) -> None:
+        """Take a job on; it is held until `update` says otherwise."""
+        with self._condition:
+            self._jobs.add(job)
+
+    def update(self, job: Job, limit: int | None = None, held: bool | None = None) -> None:
+        """Change what a job may do."""
+        with self._condition:
+            was = job.ready
+            job.limit = job.limit if limit is None else limit
+            job.held = job.held if held is None else held
+            if job.ready and not was:
+                job.ready_since = time.monotonic()
+                job.deadline = max(job.deadline, job.ready_since)
+                self._condition.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: a chunk in the making stops at the next run of the backbone; the session's memory is freed.
+
+        `job.done` is called with StoppedError once nothing of it is left, in the engine's thread or in this one.
+        """
+        with self._condition:
+            if job.cancelled or job not in self._jobs:
+                return
+            job.cancelled = True
+            running = job is self._running
+            if not running:
+                self._jobs.discard(job)
+        if not running:
+            job.session.close()
+            job.done(Made(None, StoppedError("the session was given up"), 0.0, 0.0))
+
+    @property
+    def busy_for(self) -> float:
+        """Seconds since the chunk in the making began; 0 where there is none."""
+        with self._condition:
+            return time.monotonic() - self._running_since if self._running is not None else 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that could be worked on."""
+        with self._condition:
+            return sum(job.ready and job is not self._running for job in self._jobs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, timeout: float) -> bool:
+        """Cancel every job and end the thread; whether it ended in time."""
+        with self._condition:
+            jobs = list(self._jobs)
+        for job in jobs:
+            self.cancel(job)
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._condition:
+                    while (job := self._most_urgent()) is None and not self._stopping:
+                        self._condition.wait()
+                    if job is None:
+                        return
+                    self._running, self._running_since = job, time.monotonic()
+                self._serve(job)
+        except BaseException as error:  # a bug here must not leave sessions waiting for ever
+            log.exception("the engine's thread ended")
+            with self._condition:
+                jobs, self._jobs, self._running = list(self._jobs), set(), None
+            for job in jobs:
+                job.session.close()
+                job.done(Made(None, EngineError(f"the engine's thread ended with {type(error).__name__}"), 0.0, 0.0))
+            if self._on_crash is not None:
+                self._on_crash(error)
+
+    def _most_urgent(self) -> Job | None:
+        return min((job for job in self._jobs if job.ready), key=lambda job: job.deadline, default=None)
+
+    def _serve(self, job: Job) -> None:
+        """Make one chunk of a job and hand it on."""
+        begin = self._running_since
+        queued = begin - max(job.ready_since, 0.0)
+        saved = None
+        try:
+            chunk = next(job.session)
+            if job.cancelled:
+                raise StoppedError("the session was given up")
+            path = job.save_path(chunk.index)
+            if path is not None:
+                saved = _save(job.session, path)
+            made = Made(chunk, None, queued, time.monotonic() - begin, saved)
+        except Exception as error:  # whatever one session does wrong ends that session only
+            if not isinstance(error, StoppedError):
+                log.exception("a chunk failed")
+            made = Made(None, error, queued, time.monotonic() - begin)
+        now = time.monotonic()
+        with self._condition:
+            if made.error is None and not job.cancelled:
+                job.next_chunk += 1
+                job.deadline = max(job.deadline, now) + job.period
+                job.ready_since = now
+            else:
+                self._jobs.discard(job)
+                if made.error is None:
+                    made = Made(None, StoppedError("the session was given up"), queued, now - begin)
+            self._running = None
+        if made.error is not None:
+            job.session.close()
+        job.done(made)
+
+
+def _save(session: Session, path: str) -> str | None:
+    """Write a snapshot; a full disk costs the snapshot, not the session."""
+    try:
+        session.save(path)
+    except SwiftVideoError:
+        log.exception("a snapshot was not written")
+        return None
+    return path

@@ -1,0 +1,360 @@
+"""All sessions of a server: start, reattach, detach, snapshots, drain. Belongs to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+
+from swiftvideo.runtime import Pipeline, Session
+from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
+from swiftvideo.v1 import generation_pb2 as pb
+
+from . import payload, settings
+from .admission import Admission
+from .config import ServerConfig
+from .engine import EngineThread, Job, Made
+from .metrics import Metrics
+from .recovery import Recovery
+from .session import MAX_TEXT, Outbox, Packed, ServedSession, Terms, token_hash
+from .status import Refusal, invalid
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class SessionManager:
+    """Sessions by id, and the threads they share."""
+
+    def __init__(self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.metrics = metrics
+        self.loop = asyncio.get_running_loop()
+        self.admission = Admission(config, pipeline)
+        self.sessions: dict[str, ServedSession] = {}
+        self.draining = False
+        self.stuck = False
+        """The engine does not answer."""
+        self.recovery = Recovery(self) if config.snapshots is not None else None
+        self._starting: list[str] = []
+        self._caches: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._reader = ThreadPoolExecutor(1, "swiftvideo-prompts")
+        self._packer = ThreadPoolExecutor(1, "swiftvideo-pack")
+        self.engine = self._new_engine()
+        self._register()
+
+    def _register(self) -> None:
+        metrics, sessions = self.metrics, self.sessions
+        for state, chosen in (
+            ("attached", lambda s: s.outbox is not None),
+            ("detached", lambda s: s.outbox is None),
+        ):
+            metrics.watch(metrics.sessions, lambda c=chosen: sum(map(c, list(sessions.values()))), state=state)  # type: ignore[misc]
+        metrics.watch(metrics.sessions, lambda: len(self._starting), state="starting")
+        metrics.watch(metrics.queue, lambda: self.engine.waiting)
+        metrics.watch(metrics.credits, lambda: sum(s.credits_left for s in list(sessions.values())))
+        metrics.watch(metrics.caches, lambda: len([s for s in list(self._caches) if not s.closed]))
+        metrics.watch(metrics.tasks, lambda: len(asyncio.all_tasks(self.loop)))
+
+    def _new_engine(self) -> EngineThread:
+        return EngineThread(lambda _: self._post(self._crashed))
+
+    def _post(self, call: Callable[..., object], *args: object) -> None:
+        """Call in the event loop, from any thread; nothing once it is closed."""
+        try:
+            self.loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
+
+    async def read(self, work: Callable[[], _T], undo: Callable[[_T], object] | None = None) -> _T:
+        """Run in the thread that reads prompts; `undo` gets a result that came too late."""
+        future = self._reader.submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if undo is not None and not future.cancel():
+                future.add_done_callback(lambda f: undo(f.result()) if f.exception() is None else None)
+            raise
+
+    # -- start and reattach --------------------------------------------------------------------------------------
+
+    async def start(self, client: str, message: pb.Start) -> tuple[ServedSession, Outbox]:
+        """A new session, attached. Raises Refusal or an error of the runtime."""
+        terms = self._terms(client, message)
+        self._check_open()
+        self.admission.check(client, self._holders(), terms.credits)
+        policy = settings.policy(message.policy, self.pipeline.settings)
+        self._starting.append(client)
+        try:
+            made = await self.read(
+                lambda: self.pipeline.session(message.prompt, message.seed, policy), Session.close
+            )
+        finally:
+            self._starting.remove(client)
+        if self.draining:
+            made.close()
+            self._check_open()
+        session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms, 0)
+        return session, self._attach(session, 0, resumed=False)
+
+    def _terms(self, client: str, message: pb.Start) -> Terms:
+        if not 1 <= message.credits <= self.config.max_credits:
+            raise invalid(f"start.credits is {message.credits}: use 1 to {self.config.max_credits}")
+        if len(message.prompt.encode()) > MAX_TEXT:
+            raise invalid(f"the prompt has {len(message.prompt.encode())} bytes: use at most {MAX_TEXT}")
+        linger = min(message.linger_ms / 1000, self.config.max_linger)
+        return Terms(client, message.credits, payload.check(message.encoding), linger, message.chunks)
+
+    def adopt(self, made: Session, id: str, token: str, terms: Terms, next_chunk: int) -> ServedSession:
+        """Take a session of the runtime in."""
+        self._caches.add(made)
+        keeps = self.recovery is not None and terms.linger > 0
+        every = self.config.snapshot_chunks
+
+        def save_path(index: int) -> str | None:
+            if not keeps or self.recovery is None or ((index + 1) % every and not self.draining):
+                return None
+            return self.recovery.store.session_path(id, index + 1)
+
+        def done(made: Made) -> None:
+            self._packer.submit(lambda: self._post(self._take, session, session.pack(made)))
+
+        job = Job(made, done, self.admission.period, next_chunk, save_path)
+        session = ServedSession(
+            id, token, terms, job, self.engine, self.config.max_pending_prompts, self.pipeline.encode
+        )
+        session.delivered = next_chunk
+        self.engine.add(job)
+        self.sessions[id] = session
+        log.info("session started", extra={"session": id, "client": terms.client})
+        return session
+
+    async def reattach(self, client: str, message: pb.Reattach) -> tuple[ServedSession, Outbox]:
+        """An earlier session, attached again. Raises Refusal."""
+        self._check_open()
+        if len(message.prompts) > 64:
+            raise invalid(f"reattach.prompts has {len(message.prompts)} entries: send the last 64")
+        wanted = token_hash(message.resume_token)
+        session = next((s for s in self.sessions.values() if secrets.compare_digest(token_hash(s.token), wanted)), None)
+        if session is None and self.recovery is not None:
+            session = await self.recovery.restore(client, message.resume_token)
+        if session is None or session.over or session.terms.client != client:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "no session has this resume token: it ended, or waited longer than it may; start a new one",
+            )
+        first = session.kept[0].index if session.kept else session.delivered
+        if message.next_chunk < first:
+            raise Refusal(
+                grpc.StatusCode.OUT_OF_RANGE,
+                f"chunk {message.next_chunk} is wanted and the first that is kept is {first}: "
+                "chunks before credited ones cannot be sent again",
+            )
+        if message.next_chunk > session.delivered and not session.recovered:
+            raise invalid(f"chunk {message.next_chunk} is wanted and only {session.delivered} were sent")
+        if message.next_chunk > session.delivered + 100_000:
+            raise invalid(f"chunk {message.next_chunk} is wanted and the session is at {session.delivered}")
+        session.take_over()
+        for prompt in message.prompts:  # before any further chunk, so that each applies where it did
+            await self.prompt(session, prompt)
+        if session.over:
+            raise Refusal(grpc.StatusCode.ABORTED, "the session ended while it was taken up: start a new one")
+        outbox = self._attach(session, message.next_chunk, resumed=True)
+        for prompt in message.prompts:  # now they are known: this says so
+            await self.prompt(session, prompt)
+        return session, outbox
+
+    def _attach(self, session: ServedSession, next_chunk: int, resumed: bool) -> Outbox:
+        outbox = Outbox()
+        started = pb.Started(
+            session_id=session.id,
+            resume_token=session.token,
+            geometry=settings.geometry(self.pipeline.geometry),
+            next_chunk=next_chunk,
+            credits=session.terms.credits,
+            linger_ms=round(session.terms.linger * 1000),
+            encoding=session.terms.encoding,
+            resumed=resumed,
+        )
+        outbox.put(pb.GenerateResponse(started=started).SerializeToString())
+        session.attach(outbox, next_chunk)
+        return outbox
+
+    def detach(self, session: ServedSession, outbox: Outbox) -> None:
+        """A call ended, for whatever reason."""
+        if session.outbox is not outbox:
+            return
+        session.outbox = None
+        if session.over:
+            return
+        if session.terms.linger <= 0 or self.draining:
+            self._give_up(session, "the call broke")
+            return
+        session.refresh()
+        session.linger_timer = self.loop.call_later(
+            session.terms.linger, self._give_up, session, "nobody reattached in time"
+        )
+        log.info("session waits for a reattach", extra={"session": session.id})
+
+    def _give_up(self, session: ServedSession, text: str) -> None:
+        """End a session without a call; its snapshot, if any, stays."""
+        log.info(text, extra={"session": session.id})
+        session.finish(Refusal(grpc.StatusCode.CANCELLED, text))
+
+    def end(self, session: ServedSession, reason: pb.Ended.Reason, text: str) -> None:
+        """End a session for good."""
+        session.finish(pb.Ended(reason=reason, text=text))
+        if self.recovery is not None:
+            self.recovery.forget(session)
+
+    def fail(self, session: ServedSession, error: BaseException) -> None:
+        """End a session because of an error."""
+        session.fail(error)
+        if self.recovery is not None:
+            self.recovery.forget(session)
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+
+    def _take(self, session: ServedSession, packed: Packed) -> None:
+        """What the engine made of a session."""
+        made = packed.made
+        if packed.kept is None:
+            if not isinstance(made.error, StoppedError):
+                self.fail(session, made.error or EngineError("the chunk is missing"))
+            session.finish(Refusal(grpc.StatusCode.CANCELLED, "the session was given up"))
+            if made.error is not None and session.job.session.closed:
+                self._gone(session)
+            return
+        if session.over:
+            return
+        first = session.delivered == 0
+        waited = session.deliver(packed)
+        self._measure(session, packed, waited, first)
+        if made.saved is not None and self.recovery is not None:
+            self.recovery.write(session, made.saved)
+
+    def _measure(self, session: ServedSession, packed: Packed, waited: float | None, first: bool) -> None:
+        made, metrics = packed.made, self.metrics
+        chunk = made.chunk
+        assert chunk is not None
+        self.admission.measured(made.took)
+        metrics.chunk.observe(made.took)
+        for stage, seconds in chunk.timings.items():
+            metrics.stage.labels(stage=stage).observe(seconds)
+        metrics.stage.labels(stage="encode").observe(packed.seconds)
+        metrics.frames.inc(len(chunk.frames))
+        metrics.fps.set(self.pipeline.geometry.fps * self.admission.period / max(self.admission.chunk_seconds, 1e-9))
+        if first:
+            metrics.first_frame.observe(time.monotonic() - session.began)
+        if chunk.mode:
+            metrics.switches.labels(mode=chunk.mode).inc()
+        if waited is not None:
+            metrics.switch.observe(waited)
+
+    def _gone(self, session: ServedSession) -> None:
+        """Nothing of a session is left in the engine."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        self.metrics.after_cancel.set(max(self.after_cancel, session.job.forwards_cancelled))
+        self.after_cancel = max(self.after_cancel, session.job.forwards_cancelled)
+        self.metrics.ended.labels(reason=session.reason).inc()
+        extra = {"session": session.id, "chunks": session.delivered, "reason": session.reason}
+        log.info("session ended", extra={**extra, "seconds": round(time.monotonic() - session.began, 3)})
+
+    after_cancel = 0
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def _holders(self) -> list[str]:
+        return [session.terms.client for session in self.sessions.values()] + self._starting
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE, "this server shuts down: connect again for another one", 1.0, "draining"
+            )
+        if self.stuck:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "the engine does not answer: try again later", 10.0, "stuck")
+
+    def _crashed(self) -> None:
+        """The engine's thread ended; its sessions have been told. Go on with a new one."""
+        self.metrics.engine_crashes.inc()
+        if not self.draining:
+            self.engine = self._new_engine()
+
+    def watch(self) -> bool:
+        """Look after the engine; whether it is well. Call it every second or so."""
+        stuck = self.engine.busy_for > self.config.watchdog
+        if stuck and not self.stuck:
+            log.error("the engine is stuck", extra={"seconds": round(self.engine.busy_for, 1)})
+            text = f"one chunk has taken more than {self.config.watchdog:g} s: the engine counts as stuck"
+            for session in list(self.sessions.values()):
+                session.finish(Refusal(grpc.StatusCode.UNAVAILABLE, text, 10.0))
+        self.stuck = stuck
+        return not stuck and self.engine.alive
+
+    async def drain(self) -> None:
+        """Refuse new sessions, let those that run go on for the grace time, then end them between two chunks."""
+        self.draining = True
+        end = self.loop.time() + self.config.grace
+        milliseconds = round(self.config.grace * 1000)
+        notice = pb.Notice(
+            kind=pb.Notice.KIND_DRAINING,
+            text=f"this server shuts down in {self.config.grace:g} s",
+            milliseconds=milliseconds,
+        )
+        for session in list(self.sessions.values()):
+            session.send(pb.GenerateResponse(notice=notice))
+            if session.outbox is None:
+                self._give_up(session, "the server shuts down")
+        while self.sessions and self.loop.time() < end:
+            await asyncio.sleep(min(0.05, max(0.0, end - self.loop.time())))
+        for session in list(self.sessions.values()):
+            self.end_drained(session)
+
+    def end_drained(self, session: ServedSession) -> None:
+        """End a session because the server shuts down; its snapshot stays."""
+        if not session.over:
+            resumable = self.recovery is not None and self.recovery.holds(session)
+            text = "the server has shut down" + ("; reattach to go on" if resumable else "")
+            session.finish(pb.Ended(reason=pb.Ended.REASON_DRAINED, text=text, resumable=resumable))
+
+    async def close(self) -> None:
+        """End everything. The engine gets a second for the chunk in the making."""
+        for session in list(self.sessions.values()):
+            session.finish(Refusal(grpc.StatusCode.UNAVAILABLE, "the server has shut down"))
+        ended = await self.loop.run_in_executor(None, self.engine.stop, 0.7)
+        if not ended:
+            log.warning("the engine is still busy and is left behind")
+        if self.recovery is not None:
+            await self.recovery.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._packer.shutdown(wait=ended)
+
+    async def prompt(self, session: ServedSession, message: pb.Prompt) -> None:
+        """Take a prompt; the client hears whether it was accepted. Raises Refusal or an error of the runtime."""
+        reason = session.check_prompt(message)
+        if reason is None:
+            known = session.prompts.get(message.id)
+            if known is not None:
+                accepted = pb.PromptAccepted(id=message.id, number=known[0])
+                session.send(pb.GenerateResponse(prompt_accepted=accepted))
+                return
+            try:
+                await self.read(lambda: session.ask(message, self.loop))
+                return
+            except SwiftVideoError as error:
+                if session.over or not isinstance(error, ValueError):
+                    raise
+                reason = str(error)
+        rejected = pb.PromptRejected(id=message.id, reason=reason)
+        session.send(pb.GenerateResponse(prompt_rejected=rejected))

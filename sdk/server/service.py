@@ -1,0 +1,238 @@
+"""The four calls of swiftvideo.v1.GenerationService."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from swiftvideo.runtime.tokenizer import SMALL_VOCABULARY
+from swiftvideo.v1 import generation_pb2 as pb
+
+from . import payload, settings, tracing
+from .auth import Identity, TokenFile, identify
+from .manager import SessionManager
+from .session import Outbox, ServedSession
+from .status import Refusal, invalid, refusal, wrong_order
+
+log = logging.getLogger(__name__)
+
+NAME = "swiftvideo.v1.GenerationService"
+
+
+class GenerationService:
+    """Handlers over a manager's sessions."""
+
+    def __init__(self, manager: SessionManager, tokens: TokenFile | None, version: str) -> None:
+        self._manager = manager
+        self._tokens = tokens
+        self._version = version
+
+    def handler(self) -> Any:
+        """For `grpc.aio.Server.add_generic_rpc_handlers`.
+
+        Requests are parsed here, so that bytes that are no message are INVALID_ARGUMENT, not INTERNAL; responses of
+        Generate are bytes already.
+        """
+        methods = {
+            "Generate": grpc.stream_stream_rpc_method_handler(
+                self._refusing(self.generate), _parser(pb.GenerateRequest), bytes
+            )
+        }
+        for name, work, request in (
+            ("Describe", self.describe, pb.DescribeRequest),
+            ("ListSessions", self.list_sessions, pb.ListSessionsRequest),
+            ("StopSession", self.stop_session, pb.StopSessionRequest),
+        ):
+            methods[name] = grpc.unary_unary_rpc_method_handler(
+                self._refusing(work), _parser(request), _serialize
+            )
+        return grpc.method_handlers_generic_handler(NAME, methods)
+
+    def refused(self, refused: Refusal) -> None:
+        """Count a refusal."""
+        self._manager.metrics.rejects.labels(reason=refused.reason).inc()
+
+    def _refusing(
+        self, work: Callable[[Any, Any, Identity], Awaitable[Any]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Identify the caller; exceptions become statuses."""
+
+        async def handle(request: Any, context: Any) -> Any:
+            try:
+                identity = identify(self._tokens, context.invocation_metadata())
+                if isinstance(request, DecodeError):
+                    raise _malformed(request)
+                return await work(request, context, identity)
+            except (grpc.aio.AbortError, grpc.aio.BaseError):  # ours, or the client has gone
+                raise
+            except Exception as error:
+                refused = refusal(error)
+                if refused.code is grpc.StatusCode.INTERNAL:
+                    log.exception("a call failed")
+                self.refused(refused)
+            await context.abort(refused.code, refused.text, trailing_metadata=refused.trailers)
+
+        return handle
+
+    # -- Generate ------------------------------------------------------------------------------------------------
+
+    async def generate(self, _: Any, context: Any, identity: Identity) -> None:
+        """One call of a session: from start or reattach until it ends or breaks."""
+        with tracing.call("Generate", client=identity.name) as span:
+            session, outbox = await self._begin(context, identity)
+            span.note(session=session.id)
+            reader = asyncio.create_task(self._read(context, session, outbox), name=f"read {session.id}")
+            try:
+                while (message := await outbox.get()) is not None:
+                    await context.write(message)
+            except grpc.aio.BaseError:  # a write that was under way when the client went
+                log.info("the client went", extra={"session": session.id})
+                return
+            finally:
+                self._manager.detach(session, outbox)
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([reader])
+                span.note(chunks=session.delivered, reason=session.reason or "detached")
+            if isinstance(outbox.outcome, Refusal):
+                raise outbox.outcome
+
+    async def _begin(self, context: Any, identity: Identity) -> tuple[ServedSession, Outbox]:
+        timeout = self._manager.config.start_timeout
+        try:
+            first = await asyncio.wait_for(context.read(), timeout)
+        except TimeoutError:
+            text = f"no message came within {timeout:g} s: send start or reattach"
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+        if first is grpc.aio.EOF:
+            raise wrong_order("the call closed before its first message: send start or reattach")
+        kind = _kind(first)
+        if kind == "start":
+            return await self._manager.start(identity.name, first.start)
+        if kind == "reattach":
+            return await self._manager.reattach(identity.name, first.reattach)
+        raise wrong_order(f"the first message is {kind}: send start or reattach first")
+
+    async def _read(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
+        """Take messages until the call ends. What goes wrong ends the session."""
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                await self._take(session, message)
+                await outbox.room()
+            if session.outbox is outbox:
+                self._manager.end(session, pb.Ended.REASON_STOPPED, "the client closed its side")
+        except grpc.aio.BaseError:
+            return  # the call broke; the writer's end detaches the session
+        except Exception as error:
+            if session.outbox is outbox and not session.over:
+                self._manager.fail(session, error)
+
+    async def _take(self, session: ServedSession, message: Any) -> None:
+        """Do what one message asks for."""
+        kind = _kind(message)
+        manager = self._manager
+        if kind == "prompt":
+            await manager.prompt(session, message.prompt)
+        elif kind == "credit":
+            session.credit(message.credit.presented_chunk)
+            if session.complete:
+                manager.end(session, pb.Ended.REASON_COMPLETED, f"all {session.terms.chunks} chunks were presented")
+        elif kind in ("pause", "resume"):
+            session.paused = kind == "pause"
+            session.refresh()
+        elif kind == "stop":
+            manager.end(session, pb.Ended.REASON_STOPPED, "the client asked for it")
+        else:
+            raise wrong_order(f"{kind} after the session has begun: open another call for another session")
+
+    # -- the others ----------------------------------------------------------------------------------------------
+
+    async def describe(self, _: Any, __: Any, ___: Identity) -> pb.DescribeResponse:
+        """The model and the limits."""
+        manager = self._manager
+        config, pipeline = manager.config, manager.pipeline
+        words = pipeline.words
+        return pb.DescribeResponse(
+            version=self._version,
+            geometry=settings.geometry(pipeline.geometry),
+            engine=pipeline.engine.name,
+            words=words if len(words) <= SMALL_VOCABULARY else [],
+            max_credits=config.max_credits,
+            max_sessions=config.max_sessions,
+            max_sessions_per_client=config.max_sessions_per_client,
+            max_linger_ms=round(config.max_linger * 1000),
+            encodings=payload.encodings(),
+            chunk_seconds=manager.admission.chunk_seconds,
+        )
+
+    async def list_sessions(self, _: Any, __: Any, identity: Identity) -> pb.ListSessionsResponse:
+        """Running sessions."""
+        _operators_only(identity)
+        now = time.monotonic()
+        return pb.ListSessionsResponse(
+            sessions=[
+                pb.SessionInfo(
+                    session_id=session.id,
+                    client=session.terms.client,
+                    seconds=now - session.began,
+                    chunks=session.delivered,
+                    credits_left=session.credits_left,
+                    attached=session.outbox is not None,
+                    paused=session.paused,
+                )
+                for session in self._manager.sessions.values()
+            ]
+        )
+
+    async def stop_session(self, request: Any, _: Any, identity: Identity) -> pb.StopSessionResponse:
+        """End a session."""
+        _operators_only(identity)
+        session = self._manager.sessions.get(request.session_id)
+        if session is None or session.over:
+            text = f"no session has the id {request.session_id[:64]!r}: ListSessions lists those that run"
+            raise Refusal(grpc.StatusCode.NOT_FOUND, text)
+        self._manager.end(session, pb.Ended.REASON_OPERATOR, "an operator ended the session")
+        return pb.StopSessionResponse()
+
+
+def _operators_only(identity: Identity) -> None:
+    if not identity.operator:
+        raise Refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"{identity.name} has a client's token and this call is for operators: use an operator's token",
+        )
+
+
+def _kind(message: Any) -> str:
+    """Which message it is. Raises Refusal where it is none."""
+    if isinstance(message, DecodeError):
+        raise _malformed(message)
+    kind = message.WhichOneof("message")
+    if kind is None:
+        raise invalid("the message is empty: set one of its fields; perhaps your protocol is newer than this server's")
+    return str(kind)
+
+
+def _malformed(error: DecodeError) -> Refusal:
+    return invalid(f"the bytes are not a message of swiftvideo.v1 ({error}): generate your code from its .proto")
+
+
+def _parser(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:
+    def parse(data: bytes) -> Message | DecodeError:
+        try:
+            return kind.FromString(data)
+        except DecodeError as error:
+            return error
+
+    return parse
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

@@ -1,0 +1,342 @@
+"""One session as the event loop sees it: what was sent, what the client has presented, which prompts wait."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from swiftvideo.runtime import Prompt
+from swiftvideo.runtime.errors import PromptError, UsageError
+from swiftvideo.v1 import generation_pb2 as pb
+
+from .engine import EngineThread, Job, Made
+from .payload import pack
+from .status import Refusal, invalid, refusal
+
+KNOWN_PROMPTS = 1024
+"""Ids of a session that are remembered, so that sending one again is harmless."""
+MAX_TEXT = 4096
+MAX_ID = 64
+OUTBOX = 256
+"""Messages that may wait for a client; a client that is not reading is not read from beyond that."""
+STREAK = 3
+"""So many late chunks make a notice."""
+
+
+class Outbox:
+    """Messages of one call, as bytes, and how the call ends."""
+
+    def __init__(self) -> None:
+        self.outcome: pb.Ended | Refusal | None = None
+        self._messages: deque[bytes] = deque()
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    def put(self, message: bytes) -> None:
+        """Append a message; nothing after the end."""
+        if self.outcome is None:
+            self._messages.append(message)
+            if len(self._messages) >= OUTBOX:
+                self._room.clear()
+            self._changed.set()
+
+    def finish(self, outcome: pb.Ended | Refusal) -> None:
+        """End the call after what waits; a refusal does not wait."""
+        if self.outcome is None:
+            if isinstance(outcome, Refusal):
+                self._messages.clear()
+            else:
+                self._messages.append(pb.GenerateResponse(ended=outcome).SerializeToString())
+            self.outcome = outcome
+            self._room.set()
+            self._changed.set()
+
+    async def get(self) -> bytes | None:
+        """The next message; None after the last."""
+        while not self._messages:
+            if self.outcome is not None:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        message = self._messages.popleft()
+        self._room.set()
+        return message
+
+    async def room(self) -> None:
+        """Wait until the client has read."""
+        while len(self._messages) >= OUTBOX and self.outcome is None:
+            self._room.clear()
+            await self._room.wait()
+
+
+class Kept(NamedTuple):
+    """A chunk that was not presented yet, as sent: the message before it (empty for none), and itself."""
+
+    index: int
+    applied: bytes
+    chunk: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a session was granted."""
+
+    client: str
+    credits: int
+    encoding: pb.Encoding
+    linger: float
+    """Seconds."""
+    chunks: int
+    """0: endless."""
+
+
+class Packed(NamedTuple):
+    """A chunk in bytes, or the error in its place."""
+
+    made: Made
+    kept: Kept | None
+    prompt: str
+    """Id of the prompt that took over with it, or empty."""
+    seconds: float
+
+
+def token_hash(token: str) -> str:
+    """What is kept of a resume token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@dataclass(eq=False)
+class ServedSession:
+    """State of a session. All methods but `ask` and `pack` belong to the event loop."""
+
+    id: str
+    token: str
+    terms: Terms
+    job: Job
+    engine: EngineThread
+    max_pending: int
+    encode: Callable[[str], Prompt]
+    """Of the pipeline."""
+    began: float = field(default_factory=time.monotonic)
+    outbox: Outbox | None = None
+    """Of the call that is attached."""
+    presented: int = 0
+    """Chunks that the client has presented: their number, and the index of the next."""
+    delivered: int = 0
+    """Index of the next chunk to come from the engine."""
+    paused: bool = False
+    stopped: bool = False
+    """No further chunk is made: the server drains, or the session has ended."""
+    over: bool = False
+    recovered: bool = False
+    """From a snapshot: the client may be ahead of it."""
+    reason: str = ""
+    """How it ended, for the metrics."""
+    linger_timer: asyncio.TimerHandle | None = None
+    kept: deque[Kept] = field(default_factory=deque)
+    prompts: OrderedDict[str, tuple[int, str]] = field(default_factory=OrderedDict)
+    """Number and text by the client's id."""
+    applied: int = 0
+    """Number of the prompt in force at `delivered`."""
+    late: int = 0
+    asked_at: dict[int, float] = field(default_factory=dict)
+    """When prompts that wait were asked for, by number."""
+    names: dict[int, str] = field(default_factory=dict)
+    """The client's ids by number, from the one in force on."""
+    naming: threading.Lock = field(default_factory=threading.Lock)
+    """Held from asking for a prompt until its name is known and its acceptance is on its way."""
+
+    @property
+    def credits_left(self) -> int:
+        """Chunks that may be made before the client gives credit."""
+        return max(0, self.limit - max(self.delivered, self.presented))
+
+    @property
+    def limit(self) -> int:
+        """Chunks with a smaller index may be made."""
+        limit = self.presented + self.terms.credits
+        return min(limit, self.terms.chunks) if self.terms.chunks else limit
+
+    def refresh(self) -> None:
+        """Tell the engine what this session may do now."""
+        held = self.paused or self.stopped or self.over or self.outbox is None
+        self.engine.update(self.job, limit=self.limit, held=held)
+
+    def send(self, message: pb.GenerateResponse) -> None:
+        """To the attached call, if there is one."""
+        if self.outbox is not None:
+            self.outbox.put(message.SerializeToString())
+
+    def attach(self, outbox: Outbox, next_chunk: int) -> None:
+        """Let a call take the session: what it has not received is sent again."""
+        self.take_over()
+        if self.linger_timer is not None:
+            self.linger_timer.cancel()
+            self.linger_timer = None
+        self.present(next_chunk)
+        self.outbox = outbox
+        for kept in self.kept:
+            if kept.applied:
+                outbox.put(kept.applied)
+            outbox.put(kept.chunk)
+        self.refresh()
+
+    def take_over(self) -> None:
+        """End the call that is attached; the session goes on."""
+        if self.outbox is not None:
+            text = "another call reattached to this session: only the newest one goes on"
+            self.outbox.finish(pb.Ended(reason=pb.Ended.REASON_TAKEN_OVER, text=text))
+            self.outbox = None
+            self.refresh()
+
+    def present(self, count: int) -> None:
+        """The client has presented `count` chunks."""
+        self.presented = max(self.presented, count)
+        while self.kept and self.kept[0].index < self.presented:
+            self.kept.popleft()
+
+    def credit(self, index: int) -> None:
+        """Chunk `index` was presented. Raises Refusal where it was not sent yet, or comes after a later one."""
+        if index >= max(self.delivered, self.presented):
+            raise invalid(
+                f"credit for chunk {index}, and the last one that was sent is {self.delivered - 1}: "
+                "give credit for chunks that you received"
+            )
+        if index + 1 < self.presented:
+            raise invalid(f"credit for chunk {index} after credit for {self.presented - 1}: it never goes back")
+        self.present(index + 1)
+        self.refresh()
+
+    def check_prompt(self, prompt: pb.Prompt) -> str | None:
+        """Why a prompt is refused before anyone reads it, or None. Raises Refusal for an impossible id."""
+        if not 0 < len(prompt.id.encode()) <= MAX_ID:
+            raise invalid(f"a prompt's id has {len(prompt.id.encode())} bytes: use 1 to {MAX_ID}")
+        if len(prompt.text.encode()) > MAX_TEXT:
+            return f"the prompt has {len(prompt.text.encode())} bytes: use at most {MAX_TEXT}"
+        known = self.prompts.get(prompt.id)
+        if known is not None and known[1] != prompt.text:
+            return f"prompt id {prompt.id!r} stands for another text already: give every prompt an id of its own"
+        if known is None and len(self.asked_at) >= self.max_pending:
+            return f"{len(self.asked_at)} prompts wait for their chunks: wait until some have been applied"
+        return None
+
+    def ask(self, prompt: pb.Prompt, loop: asyncio.AbstractEventLoop) -> None:
+        """Read a new prompt and queue it; in a worker thread. Raises PromptError or ClosedError."""
+        session = self.job.session
+        encoded = self.encode(prompt.text)
+        with self.naming:
+            at = prompt.at_chunk * session.geometry.chunk
+            try:
+                number = session.prompt(encoded, at if at > session.frame else None)
+            except PromptError:
+                raise
+            except UsageError:
+                if session.closed:
+                    raise
+                number = session.prompt(encoded)  # the chunk was begun in between: the next one then
+            self.names[number] = prompt.id
+            loop.call_soon_threadsafe(self._accepted, prompt.id, prompt.text, number)
+
+    def _accepted(self, id: str, text: str, number: int) -> None:
+        self.prompts[id] = (number, text)
+        while len(self.prompts) > KNOWN_PROMPTS:
+            self.prompts.popitem(last=False)
+        self.asked_at[number] = time.monotonic()
+        self.send(pb.GenerateResponse(prompt_accepted=pb.PromptAccepted(id=id, number=number)))
+
+    def pack(self, made: Made) -> Packed:
+        """A chunk as messages; in the packing thread."""
+        chunk = made.chunk
+        if chunk is None:
+            return Packed(made, None, "", 0.0)
+        begin = time.monotonic()
+        try:
+            payloads = pack(chunk.frames, self.terms.encoding, self.job.session.geometry.fps)
+        except Exception as error:  # libraries of three codecs, each with exceptions of its own
+            return Packed(Made(None, error, made.queued, made.took), None, "", 0.0)
+        seconds = time.monotonic() - begin
+        with self.naming:
+            name = self.names.get(chunk.prompt_id, "")
+        applied = b""
+        if chunk.mode:
+            message = pb.PromptApplied(id=name, chunk_index=chunk.index, mode=chunk.mode, rho=chunk.rho)
+            applied = pb.GenerateResponse(prompt_applied=message).SerializeToString()
+        timings = pb.Timings(
+            queue_ms=made.queued * 1000,
+            engine_ms=made.took * 1000,
+            encode_ms=seconds * 1000,
+            stages_ms={stage: value * 1000 for stage, value in chunk.timings.items()},
+        )
+        message = pb.Chunk(
+            index=chunk.index,
+            first_frame=chunk.first_frame,
+            frame_count=len(chunk.frames),
+            payloads=payloads,
+            prompt_id=name,
+            window=chunk.window,
+            mode=chunk.mode,
+            timings=timings,
+        )
+        data = pb.GenerateResponse(chunk=message).SerializeToString()
+        return Packed(made, Kept(chunk.index, applied, data), name if chunk.mode else "", seconds)
+
+    def deliver(self, packed: Packed) -> float | None:
+        """Send a chunk and keep it until it was presented; seconds from its prompt's asking where it was a switch."""
+        kept, chunk = packed.kept, packed.made.chunk
+        assert kept is not None and chunk is not None
+        waited = None
+        if chunk.mode:
+            self.applied = chunk.prompt_id
+            asked = self.asked_at.pop(chunk.prompt_id, None)
+            waited = None if asked is None else time.monotonic() - asked
+            for number in [number for number in self.names if number < chunk.prompt_id]:
+                del self.names[number]
+        self.delivered = kept.index + 1
+        if kept.index < self.presented:  # made again after a restart; the client has it
+            return waited
+        self.kept.append(kept)
+        if self.outbox is not None:
+            if kept.applied:
+                self.outbox.put(kept.applied)
+            self.outbox.put(kept.chunk)
+            self._throttled(packed)
+        return waited
+
+    def _throttled(self, packed: Packed) -> None:
+        """Say so once when chunks come slower than they play, and again after they were in time."""
+        late = packed.made.queued + packed.made.took + packed.seconds - self.job.period
+        self.late = self.late + 1 if late > 0 else 0
+        if self.late == STREAK:
+            text = f"{STREAK} chunks in a row came slower than they play: the server is busy"
+            notice = pb.Notice(kind=pb.Notice.KIND_THROTTLED, text=text, milliseconds=max(1, round(late * 1000)))
+            self.send(pb.GenerateResponse(notice=notice))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all chunks that were asked for have been presented."""
+        return 0 < self.terms.chunks <= self.presented
+
+    def finish(self, outcome: pb.Ended | Refusal) -> None:
+        """End the session: the call closes, the engine gives it up."""
+        if self.over:
+            return
+        self.over = True
+        refused = isinstance(outcome, Refusal)
+        self.reason = outcome.reason if refused else pb.Ended.Reason.Name(outcome.reason).removeprefix("REASON_").lower()
+        if self.linger_timer is not None:
+            self.linger_timer.cancel()
+        if self.outbox is not None:
+            self.outbox.finish(outcome)
+        self.kept.clear()
+        self.engine.cancel(self.job)
+
+    def fail(self, error: BaseException) -> None:
+        """End the session with the status of an error."""
+        self.finish(refusal(error))

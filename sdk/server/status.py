@@ -1,0 +1,67 @@
+"""Exceptions to gRPC statuses: one table, and the refusals that are the service's own."""
+
+from __future__ import annotations
+
+import grpc
+
+from swiftvideo.runtime import errors
+
+TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (errors.PromptError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.SettingsError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ClosedError, grpc.StatusCode.ABORTED),
+    (errors.UsageError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.StoppedError, grpc.StatusCode.CANCELLED),
+    (errors.OutOfMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.EngineUnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (errors.EngineError, grpc.StatusCode.INTERNAL),
+    (errors.IntegrityError, grpc.StatusCode.DATA_LOSS),
+    (errors.SwiftVideoError, grpc.StatusCode.INTERNAL),
+)
+"""The first row whose type fits counts."""
+
+RETRY_AFTER = "retry-after-ms"
+"""Trailing metadata of a RESOURCE_EXHAUSTED refusal: milliseconds."""
+
+
+class Refusal(Exception):
+    """A call that ends with a status other than OK."""
+
+    def __init__(
+        self, code: grpc.StatusCode, text: str, retry_after: float | None = None, reason: str = ""
+    ) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+        self.retry_after = retry_after
+        """Seconds, or None."""
+        self.reason = reason or code.name.lower()
+        """For the metrics."""
+
+    @property
+    def trailers(self) -> tuple[tuple[str, str], ...]:
+        """Trailing metadata."""
+        return () if self.retry_after is None else ((RETRY_AFTER, str(max(1, round(self.retry_after * 1000)))),)
+
+
+def invalid(text: str) -> Refusal:
+    """A message is wrong by itself."""
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
+def wrong_order(text: str) -> Refusal:
+    """A message comes at the wrong time."""
+    return Refusal(grpc.StatusCode.FAILED_PRECONDITION, text)
+
+
+def refusal(error: BaseException) -> Refusal:
+    """The status of any exception. What is not ours is INTERNAL, without its text, which may hold secrets."""
+    if isinstance(error, Refusal):
+        return error
+    for kind, code in TABLE:
+        if isinstance(error, kind):
+            retry = 5.0 if code is grpc.StatusCode.RESOURCE_EXHAUSTED else None
+            return Refusal(code, str(error), retry)
+    return Refusal(
+        grpc.StatusCode.INTERNAL, f"the server failed with {type(error).__name__}: its log says more"
+    )
