@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
+from .server.command import serve
+
 app = typer.Typer(
     name="swiftvideo",
     help="Endless text-to-video whose prompt can change while it plays.",
@@ -83,6 +85,13 @@ def generate(
     engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", help="HOST:PORT of a server to make it; not in this process.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="SWIFTVIDEO_TOKEN", help="Bearer token for --server.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="PEM roots for --server: use TLS.")] = None,
 ) -> None:
     """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
     from . import generate as work
@@ -100,6 +109,13 @@ def generate(
         else:
             told = story_from_options(prompt or [], at or [], seconds, seed or 0, policy)
         check_output(out, (".mp4",))
+        if server is not None:
+            from .server.generating import generate as from_server
+
+            if contact_sheet is not None or bundle is not None or threads is not None:
+                raise UsageError("--contact-sheet, --bundle and --threads do not go with --server: leave them out")
+            from_server(server, token, root, told, out, as_json)
+            return
         if contact_sheet is not None:
             check_output(contact_sheet, (".png",))
         from swiftvideo.runtime import load
@@ -303,6 +319,9 @@ def bench(
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"{json_file}: figures")
+
+
+app.command()(serve)
 
 
 def main() -> None:

@@ -24,6 +24,9 @@ from .status import Refusal, invalid, refusal, wrong_order
 log = logging.getLogger(__name__)
 
 NAME = "swiftvideo.v1.GenerationService"
+CLOSING = 0.5
+"""Seconds between the end of a client's messages and the end of its session. A call that breaks ends its messages too,
+and is cancelled a moment later: that is no wish to stop."""
 
 
 class GenerationService:
@@ -126,6 +129,7 @@ class GenerationService:
             while (message := await context.read()) is not grpc.aio.EOF:
                 await self._take(session, message)
                 await outbox.room()
+            await asyncio.sleep(CLOSING)
             if session.outbox is outbox:
                 self._manager.end(session, pb.Ended.REASON_STOPPED, "the client closed its side")
         except grpc.aio.BaseError:

@@ -1,0 +1,306 @@
+"""What both clients share: errors, chunks, and the state that lets a broken call go on. Needs grpcio and protobuf only.
+
+    ServiceError                a call failed (a SwiftVideoError); `code` is the gRPC status
+    ├── RefusedError            the request is wrong (also a ValueError)
+    ├── AuthenticationError     no token, an unknown or expired one, or one for another role
+    ├── BusyError               no room: `retry_after` seconds say when to ask again
+    ├── UnavailableError        no server, or one that shuts down
+    ├── DeadlineError           it took longer than it may (also a TimeoutError)
+    ├── SessionLostError        the session is gone or was ended by others
+    └── ServerError             the server or its engine failed
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+
+from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
+from swiftvideo.v1 import generation_pb2 as pb
+
+SERVICE = "/swiftvideo.v1.GenerationService/"
+OPTIONS = (
+    ("grpc.max_receive_message_length", 256 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+ENCODINGS = {"raw": pb.ENCODING_RAW, "jpeg": pb.ENCODING_JPEG, "h264": pb.ENCODING_H264}
+EncodingName = Literal["raw", "jpeg", "h264"]
+KEPT_PROMPTS = 64
+BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
+"""Seconds before each reconnect; the last one repeats."""
+
+
+class ServiceError(SwiftVideoError):
+    """A call failed."""
+
+    def __init__(self, text: str, code: grpc.StatusCode, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.code = code
+        self.retry_after = retry_after
+        """Seconds after which the server suggests to try again, or None."""
+
+
+class RefusedError(ServiceError, ValueError):
+    """The request is wrong."""
+
+
+class AuthenticationError(ServiceError):
+    """No token, an unknown or expired one, or one for another role."""
+
+
+class BusyError(ServiceError):
+    """The server has no room."""
+
+
+class UnavailableError(ServiceError):
+    """There is no server, or it shuts down."""
+
+
+class DeadlineError(ServiceError, TimeoutError):
+    """It took longer than it may."""
+
+
+class SessionLostError(ServiceError):
+    """The session is gone, or was ended by others."""
+
+
+class ServerError(ServiceError):
+    """The server or its engine failed."""
+
+
+TABLE: dict[grpc.StatusCode, type[ServiceError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
+    grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
+    grpc.StatusCode.OUT_OF_RANGE: RefusedError,
+    grpc.StatusCode.UNIMPLEMENTED: RefusedError,
+    grpc.StatusCode.ALREADY_EXISTS: RefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: AuthenticationError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: BusyError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.NOT_FOUND: SessionLostError,
+    grpc.StatusCode.ABORTED: SessionLostError,
+    grpc.StatusCode.CANCELLED: SessionLostError,
+    grpc.StatusCode.INTERNAL: ServerError,
+    grpc.StatusCode.DATA_LOSS: ServerError,
+    grpc.StatusCode.UNKNOWN: ServerError,
+}
+"""One row for every status but OK."""
+
+
+def error_of(code: grpc.StatusCode, details: str | None, trailers: Sequence[Any] | None) -> ServiceError:
+    """The exception of a status."""
+    hint = next((float(value) / 1000 for key, value in trailers or () if key == "retry-after-ms"), None)
+    return TABLE[code](details or f"the call ended with {code.name} and no word why", code, hint)
+
+
+def error_from(error: Any) -> ServiceError:
+    """The exception of gRPC's own."""
+    return error_of(error.code(), error.details(), error.trailing_metadata())
+
+
+def credentials(root: str | Path | None, certificate: str | Path | None, key: str | Path | None) -> Any:
+    """Channel credentials from PEM files. Raises SettingsError where one cannot be read."""
+    if (certificate is None) != (key is None):
+        raise SettingsError("a client certificate and its key belong together: give both or neither")
+    try:
+        data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
+    except OSError as error:
+        raise SettingsError(f"TLS: {error}") from error
+    return grpc.ssl_channel_credentials(*data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoteChunk:
+    """A few frames of a session's video."""
+
+    index: int
+    first_frame: int
+    """First video frame."""
+    frame_count: int
+    payloads: Sequence[bytes]
+    """As the encoding says: raw and h264 one, jpeg one per frame."""
+    width: int
+    height: int
+    encoding: EncodingName
+    prompt_id: str
+    """As `prompt` returned it; empty for the first prompt."""
+    window: int
+    mode: str
+    """How a new prompt took over with this chunk; empty in all other chunks."""
+    rho: float | None
+    """Strength of that switch, 0 to 1, or None."""
+    timings: dict[str, float]
+    """Milliseconds: queue, engine, encode, and the engine's stages."""
+
+    @property
+    def frames(self) -> memoryview:
+        """uint8 [n,H,W,3], RGB, without a copy: numpy.asarray(chunk.frames). Raises SettingsError unless raw."""
+        if self.encoding != "raw":
+            raise SettingsError(f"the frames are {self.encoding}: use payloads, or ask for encoding='raw'")
+        return memoryview(self.payloads[0]).cast("B", (self.frame_count, self.height, self.width, 3))
+
+
+class VideoState:
+    """A session's state on the client's side: what to send first, what a message means, what to repeat after a cut.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, start: pb.Start) -> None:
+        self.start = start
+        self.started: pb.Started | None = None
+        self.next_chunk = 0
+        """First chunk that was not received."""
+        self.presented = -1
+        self.paused = False
+        self.prompts: dict[str, pb.Prompt] = {}
+        """Recent ones by id, in order, with the chunk at which they applied."""
+        self.rejected: dict[str, str] = {}
+        """Why prompts were refused, by id."""
+        self.applied: dict[str, int] = {}
+        """Chunk at which prompts took over, by id."""
+        self.notices: list[pb.Notice] = []
+        """The last few."""
+        self.ended: pb.Ended | None = None
+        self.on_notice: Callable[[pb.Notice], None] | None = None
+        self._rho: float | None = None
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a broken call may go on."""
+        return self.started is not None and self.started.linger_ms > 0
+
+    def opening(self) -> list[pb.GenerateRequest]:
+        """The messages that begin a call."""
+        if self.started is None:
+            return [pb.GenerateRequest(start=self.start)]
+        reattach = pb.Reattach(
+            resume_token=self.started.resume_token,
+            next_chunk=self.next_chunk,
+            prompts=[self.prompts[name] for name in self.prompts if name not in self.rejected],
+        )
+        messages = [pb.GenerateRequest(reattach=reattach)]
+        if self.paused:
+            messages.append(pb.GenerateRequest(pause=pb.Pause()))
+        return messages
+
+    def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
+        """A new prompt."""
+        prompt = pb.Prompt(id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
+        self.prompts[prompt.id] = prompt
+        while len(self.prompts) > KEPT_PROMPTS:
+            oldest = next(iter(self.prompts))
+            for known in (self.prompts, self.rejected, self.applied):
+                known.pop(oldest, None)
+        return pb.GenerateRequest(prompt=prompt)
+
+    def credit(self) -> pb.GenerateRequest | None:
+        """Credit for everything received, or None where it was given."""
+        if self.presented >= self.next_chunk - 1:
+            return None
+        self.presented = self.next_chunk - 1
+        return pb.GenerateRequest(credit=pb.Credit(presented_chunk=self.presented))
+
+    def take(self, message: pb.GenerateResponse) -> RemoteChunk | None:
+        """A message; the chunk if it is one that was not received before."""
+        kind = message.WhichOneof("message")
+        if kind == "chunk":
+            return self._chunk(message.chunk)
+        if kind == "started":
+            self.started = message.started
+            self.presented = self.next_chunk - 1
+        elif kind == "prompt_applied":
+            applied = message.prompt_applied
+            self._rho = applied.rho if applied.HasField("rho") else None
+            self.applied[applied.id] = applied.chunk_index
+            if applied.id in self.prompts:
+                self.prompts[applied.id].at_chunk = applied.chunk_index
+        elif kind == "prompt_rejected":
+            self.rejected[message.prompt_rejected.id] = message.prompt_rejected.reason
+        elif kind == "notice":
+            self.notices = [*self.notices[-15:], message.notice]
+            if self.on_notice is not None:
+                self.on_notice(message.notice)
+        elif kind == "ended":
+            self.ended = message.ended
+        return None
+
+    def finished(self) -> bool:
+        """Whether the session is over as it should. Raises SessionLostError where others ended it."""
+        if self.ended is None:
+            return False
+        reason = pb.Ended.Reason
+        if self.ended.reason in (reason.REASON_STOPPED, reason.REASON_COMPLETED):
+            return True
+        if self.ended.reason == reason.REASON_DRAINED and self.ended.resumable:
+            return False
+        raise SessionLostError(self.ended.text, grpc.StatusCode.ABORTED)
+
+    def _chunk(self, chunk: pb.Chunk) -> RemoteChunk | None:
+        if chunk.index != self.next_chunk:
+            if chunk.index < self.next_chunk:
+                return None
+            raise ServerError(
+                f"chunk {chunk.index} came and {self.next_chunk} was next: the server skipped some; report it",
+                grpc.StatusCode.DATA_LOSS,
+            )
+        assert self.started is not None
+        self.next_chunk += 1
+        geometry, encoding = self.started.geometry, self.started.encoding
+        timings = chunk.timings
+        rho, self._rho = (self._rho if chunk.mode else None), None
+        return RemoteChunk(
+            index=chunk.index,
+            first_frame=chunk.first_frame,
+            frame_count=chunk.frame_count,
+            payloads=chunk.payloads,
+            width=geometry.width,
+            height=geometry.height,
+            encoding=next(name for name, value in ENCODINGS.items() if value == encoding),  # type: ignore[arg-type]
+            prompt_id=chunk.prompt_id,
+            window=chunk.window,
+            mode=chunk.mode,
+            rho=rho,
+            timings={
+                "queue": timings.queue_ms,
+                "engine": timings.engine_ms,
+                "encode": timings.encode_ms,
+                **timings.stages_ms,
+            },
+        )
+
+
+def start_of(
+    prompt: str, seed: int, credits: int, encoding: str, policy: pb.PolicySettings | str | None, linger: float, chunks: int
+) -> pb.Start:
+    """The message that begins a session. Raises SettingsError for values that no server would take."""
+    if encoding not in ENCODINGS:
+        raise SettingsError(f"encoding is {encoding!r}: use one of {', '.join(ENCODINGS)}")
+    if isinstance(policy, str):
+        kinds = {name.removeprefix("POLICY_KIND_").lower(): kind for name, kind in pb.PolicyKind.items() if kind}
+        if policy not in kinds:
+            raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
+        policy = pb.PolicySettings(kind=kinds[policy])
+    try:
+        return pb.Start(
+            prompt=prompt,
+            seed=seed,
+            credits=credits,
+            encoding=ENCODINGS[encoding],  # type: ignore[index]
+            policy=policy,
+            linger_ms=round(linger * 1000),
+            chunks=chunks,
+        )
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"start: {error}; use whole numbers that are not negative") from error
