@@ -272,9 +272,7 @@ def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
     assert manifest.folder is not None
     files = dict(manifest.files)
     fresh = [item.info for item in built]
-    keys = {
-        (plan.graph, plan.target, bool(plan.plugins) or plan.file.count("-functions") == 0) for plan in fresh
-    }
+    keys = {(plan.graph, plan.target, plan.functions) for plan in fresh}
     kept = []
     stale = []
     for plan in plans_of(manifest):

@@ -50,7 +50,8 @@ class TensorRTSession:
         self._back = Pinned(
             driver, max(self._arena.bytes_of(n) for n in ("x0", "frames", "bridge", "anchor"))
         )
-        self._commit, self._place = Launcher(engine.kernels[COMMIT]), Launcher(engine.kernels[PLACE])
+        self._commit = Launcher(engine.kernels[COMMIT], driver)
+        self._place = Launcher(engine.kernels[PLACE], driver)
         graphs = ("denoise", "inject", "decode_first", "decode")
         self._contexts = {
             n: engine.network(n).create_execution_context() for n in graphs if n in engine.networks
@@ -96,9 +97,9 @@ class TensorRTSession:
 
     def x0(self) -> Float32:
         """See `EngineSession.x0`."""
+        shape = self._open().tensors["x0"][0]
         if not self._denoised:
             raise UsageError("nothing was denoised yet: call denoise() first")
-        shape = self._open().tensors["x0"][0]
         return self._download("x0", (1, self._frames, *shape[2:]), self._stream)
 
     def commit(self, ranges: Int32) -> None:

@@ -19,14 +19,15 @@ def rtx() -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(rtx: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small bundle, without plans."""
+    pytest.importorskip("torch", reason="exporting needs torch: pip install 'swiftvideo[export]'")
     from .bundles import export_small
 
     return export_small(tmp_path_factory.mktemp("exported") / "bundle")
 
 
 @pytest.fixture
-def small(exported: Path, tmp_path: Path) -> Path:
-    """A copy of the small bundle."""
+def small(rtx: None, exported: Path, tmp_path: Path) -> Path:
+    """A copy of the small bundle, to build plans for."""
     return Path(shutil.copytree(exported, tmp_path / "bundle"))

@@ -1,0 +1,213 @@
+"""The TensorRT engine's own code, on an emulated GPU, against the ONNX Runtime engine: the same video to the last bit
+of the decoder's input, switches, sink and state included. What a GPU adds to this is listed in docs/hardware.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swiftvideo.runtime.engines import tensorrt as engine_module
+from swiftvideo.runtime.engines.cuda import from_bits, layout, to_bits
+from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from swiftvideo.runtime.engines.tensorrt import TensorRTEngine
+from swiftvideo.runtime.errors import ClosedError, EngineError, SettingsError, UsageError
+from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
+from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
+from swiftvideo.runtime.noise import PhiloxNoise
+from swiftvideo.runtime.plugins.flavours import RTX, Flavour
+from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
+from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source
+from swiftvideo.runtime.rollout import Rollout
+
+from .driver import FakeDriver
+from .emulator import compute, fake_trt, kernel
+
+
+@pytest.fixture(scope="module")
+def manifest(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """The small bundle with "plans" that name its graphs."""
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("engine") / "bundle"))
+    bundle = Manifest.load(folder)
+    for name in ("trt", "kernels"):
+        (folder / name).mkdir()
+    plans = []
+    for graph in GRAPHS:
+        (folder / "trt" / f"{graph}.plan").write_text(graph)
+        plans.append(
+            PlanInfo(
+                graph=graph,
+                target="rtx:sm89",
+                flavour=RTX.name,
+                version="1.0",
+                capability=89,
+                dtype="fp32",
+                file=f"trt/{graph}.plan",
+                layers="",
+                source=graph_source(bundle, graph),
+                plugins={},
+            ).entry()
+        )
+    for op in (COMMIT, PLACE):
+        for name, content in kernel(op, bundle.geometry.head_dim).files().items():
+            (folder / name).write_bytes(content)
+    return dataclasses.replace(bundle, files=measure_files(folder), plans=tuple(plans)).save(folder)
+
+
+@pytest.fixture
+def engine(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TensorRTEngine]:
+    driver = FakeDriver()
+    driver.on_launch = lambda launch: (
+        driver.do(launch.stream, lambda: compute(launch, manifest.geometry.head_dim)) and None
+    )
+    monkeypatch.setattr(engine_module, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(engine_module, "register", lambda trt: None)
+    monkeypatch.setattr(Flavour, "installed", property(lambda self: "1.0" if self is RTX else None))
+    monkeypatch.setattr(Flavour, "load", lambda self: fake_trt(manifest, driver))
+    made = TensorRTEngine(manifest)
+    yield made
+    made.close()
+    assert not driver.capturing
+
+
+def embeds(manifest: Manifest, seed: int) -> np.ndarray:
+    g = manifest.geometry
+    return np.random.default_rng(seed).normal(size=(1, g.text_len, g.text_dim)).astype(np.float32)
+
+
+def rollouts(
+    manifest: Manifest, engines: tuple[TensorRTEngine, OnnxRuntimeEngine], policy: PolicySettings, chunks: int
+) -> Iterator[tuple[Rollout, Rollout]]:
+    """Both engines' rollouts side by side, chunk after chunk, with a new prompt every third."""
+    g = manifest.geometry
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    pair = tuple(
+        Rollout(engine, policy, engine.condition(embeds(manifest, 0)), PhiloxNoise(5, shape))
+        for engine in engines
+    )
+    for index in range(chunks):
+        if index % 3 == 2:
+            for rollout, engine in zip(pair, engines, strict=True):
+                rollout.ask(engine.condition(embeds(manifest, index)))
+        yield pair[0], pair[1]
+    for rollout in pair:
+        rollout.close()
+
+
+POLICIES = {
+    "bridges": PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0)),
+    "micro recaches": PolicySettings(bridge=BridgeSettings(tau_low=0.0, tau_high=2.0)),
+    "full recaches": PolicySettings(bridge=BridgeSettings(tau_low=0.0, tau_high=0.0), global_sink=False),
+    "absolute positions": PolicySettings(positions="absolute"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_video_as_onnx_runtime(manifest: Manifest, engine: TensorRTEngine, name: str) -> None:
+    plain = OnnxRuntimeEngine(manifest, threads=1)
+    modes = set()
+    for ours, theirs in rollouts(manifest, (engine, plain), POLICIES[name], 8):
+        a, b = ours.advance(), theirs.advance()
+        modes |= {a.switch.mode} if a.switch else set()
+        assert a.window == b.window
+        np.testing.assert_allclose(a.latents, b.latents, atol=2e-5)
+        frames, wanted = ours.tensors.decode(b.latents), theirs.tensors.decode(b.latents)
+        assert frames.dtype == np.uint8 and frames.shape == wanted.shape
+        assert np.abs(frames.astype(int) - wanted).max() <= 1
+    assert modes and engine.driver.graphs == {}, "every captured graph was destroyed"
+
+
+def test_denoise_is_captured_once_for_each_number_of_frames(
+    manifest: Manifest, engine: TensorRTEngine
+) -> None:
+    plain = OnnxRuntimeEngine(manifest, threads=1)
+    seen = set()
+    for ours, theirs in rollouts(manifest, (engine, plain), POLICIES["full recaches"], 7):
+        ours.advance(), theirs.advance()
+        seen.add(len(engine.driver.graphs))
+    assert max(seen) == 3, "chunks of 3, and recaches of 6 and 12 frames"
+
+
+def test_prompts_are_encoded_alike(manifest: Manifest, engine: TensorRTEngine) -> None:
+    plain = OnnxRuntimeEngine(manifest, threads=1)
+    ids = np.array([[3, 4, 5, 1, 0, 0]], np.int64)
+    mask = (ids > 0).astype(np.int64)
+    a, b = engine.encode(ids, mask, "words"), plain.encode(ids, mask, "words")
+    np.testing.assert_allclose(a.signature, b.signature, atol=1e-5)
+    before = len(engine.driver.allocated)
+    del a
+    assert len(engine.driver.allocated) == before - 1, "a prompt's tensors go with it"
+
+
+def test_state_moves_to_another_session(manifest: Manifest, engine: TensorRTEngine) -> None:
+    plain = OnnxRuntimeEngine(manifest, threads=1)
+    for ours, theirs in rollouts(manifest, (engine, plain), POLICIES["bridges"], 6):
+        a, b = ours.advance(), theirs.advance()
+        ours.tensors.decode(a.latents), theirs.tensors.decode(b.latents)
+        state, wanted = ours.tensors.export_state(), theirs.tensors.export_state()
+    assert set(state) == set(wanted) and "sink_k" in state
+    for key, value in wanted.items():
+        np.testing.assert_allclose(state[key], value, atol=1e-4, err_msg=key)
+    fresh = engine.open()
+    fresh.import_state(wanted)
+    for key, value in fresh.export_state().items():
+        np.testing.assert_array_equal(value, wanted[key])
+    with pytest.raises(UsageError, match="cache_k of the saved state do not fit"):
+        fresh.import_state(wanted | {"cache_k": wanted["cache_k"][:, :, 1:]})
+    fresh.close()
+
+
+def test_a_session_gives_everything_back(engine: TensorRTEngine) -> None:
+    before = dict(engine.driver.allocated)
+    session = engine.open()
+    session.close()
+    session.close()
+    assert engine.driver.allocated == before
+    with pytest.raises(ClosedError):
+        session.x0()
+
+
+def test_wrong_calls(manifest: Manifest, engine: TensorRTEngine) -> None:
+    g = manifest.geometry
+    with pytest.raises(SettingsError, match="batch is 2"):
+        engine.open(2)
+    session, prompt = engine.open(), engine.condition(embeds(manifest, 0))
+    table = np.zeros((6, 2), np.int32)
+    time = np.zeros((g.chunk, g.time_pairs), np.float32)
+    with pytest.raises(UsageError, match=r"call load\(\) first"):
+        session.denoise(0, None, time, time, table, prompt)
+    with pytest.raises(UsageError, match=r"call denoise\(\) first"):
+        session.commit(np.zeros((0, 3), np.int32))
+    many = np.zeros((1, g.window + 1, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+    with pytest.raises(UsageError, match="larger than a session's"):
+        session.load(many)
+    session.close()
+    engine.close()
+    with pytest.raises(ClosedError):
+        engine.condition(embeds(manifest, 0))
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * 100
+    values[:4] = (1.00390625, 1.01171875, 0.0, -65536.0)  # ties, and exact ones
+    wanted = torch.from_numpy(values).bfloat16()
+    bits = to_bits(values, "bf16")
+    assert np.array_equal(bits, wanted.view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(from_bits(bits.view(np.uint8), "bf16"), wanted.float().numpy())
+
+
+def test_tensors_of_an_arena_do_not_overlap() -> None:
+    offsets, size = layout({"a": ((3, 5), "fp32"), "b": ((), "int64"), "c": ((100,), "bf16")})
+    assert offsets == {"a": 0, "b": 256, "c": 512} and size == 768
+
+
+def test_a_failing_graph_is_an_engine_error(manifest: Manifest, engine: TensorRTEngine) -> None:
+    context = engine.network("condition").create_execution_context()
+    with pytest.raises(EngineError, match="TensorRT refuses embeds of shape"):
+        engine.enqueue(context, 0, {"embeds": (0, (1, 1, 1))})
