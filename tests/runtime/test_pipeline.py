@@ -48,7 +48,7 @@ def test_load_takes_a_path_as_text(tiny_bundle: Path, pipeline: Pipeline) -> Non
 @pytest.mark.parametrize(
     ("engine", "threads", "kind", "message"),
     [
-        ("quantum", None, SettingsError, r"engine is 'quantum': use 'auto' or 'onnxruntime'"),
+        ("quantum", None, SettingsError, r"engine is 'quantum': use 'auto', 'onnxruntime'"),
         ("tensorrt", None, EngineUnavailableError, r"use engine='onnxruntime'"),
         ("auto", 0, UsageError, r"threads is 0: use at least 1"),
     ],
@@ -157,8 +157,12 @@ def test_missing_memory_inside_the_engine_is_told_apart(
 def test_a_session_whose_settings_do_not_fit_leaves_nothing_open(
     pipeline: Pipeline, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed = []
-    monkeypatch.setattr(ort_engine.OnnxRuntimeSession, "close", closed.append)
+    closed: list[Any] = []
+
+    def close(session: Any) -> None:
+        closed.append(session)
+
+    monkeypatch.setattr(ort_engine.OnnxRuntimeSession, "close", close)
     settings = PolicySettings(anchors=dataclasses.replace(PolicySettings().anchors, max=99))
     with pytest.raises(SettingsError, match=r"anchors.max is 99 and the model keeps 4 anchor rows: lower"):
         pipeline.session(texts[0], policy=settings)

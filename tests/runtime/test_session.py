@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,11 +314,13 @@ def test_the_number_of_threads_changes_next_to_nothing(
 
 def test_sixty_chunks_need_no_more_memory(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
     process = psutil.Process()
+    arrays: list[Any] = []
     with pipeline.session(texts[0], 7) as session:
 
         def run(chunks: int) -> None:
             for _ in range(chunks):
                 chunk = next(session)
+                arrays.extend(weakref.ref(item.base) for item in (chunk.frames, chunk.latents))
                 if chunk.index % 6 == 5:
                     session.prompt(texts[chunk.index // 6 % 3])
 
@@ -331,7 +334,9 @@ def test_sixty_chunks_need_no_more_memory(pipeline: Pipeline, texts: tuple[str, 
         grown = tracemalloc.get_traced_memory()[0] - python
         tracemalloc.stop()
         resident = process.memory_info().rss - resident
+        alive = sum(array() is not None for array in arrays)
     chunk_bytes = session.geometry.chunk * 4 * session.geometry.height * session.geometry.width * 3
+    assert alive <= 2, f"arrays of {alive} chunks are still there"  # those of the last chunk, at most
     assert grown < 2 * chunk_bytes, f"{grown} more bytes are in use by Python"
     assert resident < 10 * chunk_bytes, f"{resident} more bytes are resident"
 
