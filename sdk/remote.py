@@ -104,8 +104,14 @@ def error_of(code: grpc.StatusCode, details: str | None, trailers: Sequence[Any]
     return TABLE[code](details or f"the call ended with {code.name} and no word why", code, hint)
 
 
+LOCAL_FAILURE = "Internal error from Core"
+"""What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
+
+
 def error_from(error: Any) -> ServiceError:
     """The exception of gRPC's own."""
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == LOCAL_FAILURE:
+        return UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
     return error_of(error.code(), error.details(), error.trailing_metadata())
 
 
@@ -165,7 +171,7 @@ class VideoState:
         self.presented = -1
         self.paused = False
         self.prompts: dict[str, pb.Prompt] = {}
-        """Recent ones by id, in order, with the chunk at which they applied."""
+        """Recent ones by id, in order, with the chunk at which the server heard them."""
         self.rejected: dict[str, str] = {}
         """Why prompts were refused, by id."""
         self.applied: dict[str, int] = {}
@@ -185,6 +191,9 @@ class VideoState:
         """The messages that begin a call."""
         if self.started is None:
             return [pb.GenerateRequest(start=self.start)]
+        for prompt in self.prompts.values():
+            if not prompt.heard_chunk:  # it may apply to no chunk that is here already
+                prompt.heard_chunk = self.next_chunk
         reattach = pb.Reattach(
             resume_token=self.started.resume_token,
             next_chunk=self.next_chunk,
@@ -220,12 +229,14 @@ class VideoState:
         if kind == "started":
             self.started = message.started
             self.presented = self.next_chunk - 1
+        elif kind == "prompt_accepted":
+            accepted = message.prompt_accepted
+            if accepted.id in self.prompts:
+                self.prompts[accepted.id].heard_chunk = accepted.heard_chunk
         elif kind == "prompt_applied":
             applied = message.prompt_applied
             self._rho = applied.rho if applied.HasField("rho") else None
             self.applied[applied.id] = applied.chunk_index
-            if applied.id in self.prompts:
-                self.prompts[applied.id].at_chunk = applied.chunk_index
         elif kind == "prompt_rejected":
             self.rejected[message.prompt_rejected.id] = message.prompt_rejected.reason
         elif kind == "notice":

@@ -65,8 +65,10 @@ def serve(
         watchdog=watchdog,
     )
     import asyncio
+    import logging
+    import os
 
-    from swiftvideo.runtime import load
+    from swiftvideo.sdk.engines import open_pipeline
 
     try:
         from . import logs
@@ -74,5 +76,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise EngineUnavailableError(f"{error.name} is missing: pip install 'swiftvideo[serve]'") from error
     logs.configure(log_level.upper())
-    with load(bundle, engine, threads) as pipeline:
+    with open_pipeline(bundle, engine, threads) as pipeline:
         asyncio.run(work(pipeline, config))
+    logging.shutdown()
+    os._exit(0)  # all is closed and written; taking the interpreter apart would cost part of the grace time

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from swiftvideo.runtime import Chunk, Session
+from swiftvideo.runtime import Chunk, Prompt, Session
 from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,15 @@ class Made:
     """Path of the snapshot that was written right after the chunk."""
 
 
+class Ask(NamedTuple):
+    """A prompt that the engine's thread has not told the session yet."""
+
+    heard: int
+    """Chunk before which it does."""
+    prompt: Prompt
+    at_chunk: int
+
+
 class Job:
     """A session as the engine's thread sees it. Change it only through `EngineThread`.
 
@@ -35,6 +46,7 @@ class Job:
         done: called in the engine's thread with every `Made`; after one with an error no other comes.
         period: seconds that a chunk plays.
         next_chunk: index of the chunk that is made first.
+        asked: prompts that the session has been told, the first included.
         save_path: gives the file for a snapshot after the chunk of that index, or None for none.
     """
 
@@ -44,12 +56,15 @@ class Job:
         done: Callable[[Made], None],
         period: float,
         next_chunk: int = 0,
+        asked: int = 1,
         save_path: Callable[[int], str | None] = lambda index: None,
     ) -> None:
         self.session = session
         self.done = done
         self.period = period
         self.next_chunk = next_chunk
+        self.asked = asked
+        self.asks: deque[Ask] = deque()
         self.save_path = save_path
         self.limit = next_chunk
         """Chunks with a smaller index may be made."""
@@ -106,6 +121,18 @@ class EngineThread:
                 job.deadline = max(job.deadline, job.ready_since)
                 self._condition.notify()
 
+    def ask(self, job: Job, prompt: Prompt, at_chunk: int, heard: int = 0) -> tuple[int, int]:
+        """Queue a prompt; its number, and the first chunk that is made with it known.
+
+        The session is told between two chunks, by the engine's thread, so that this chunk is exact and a session that
+        is made again from a snapshot hears it at the same moment. heard: not before that chunk.
+        """
+        with self._condition:
+            number, job.asked = job.asked, job.asked + 1
+            heard = max(heard, job.next_chunk + (job is self._running), job.asks[-1].heard if job.asks else 0)
+            job.asks.append(Ask(heard, prompt, at_chunk))
+            return number, heard
+
     def cancel(self, job: Job) -> None:
         """Give a job up: a chunk in the making stops at the next run of the backbone; the session's memory is freed.
 
@@ -160,7 +187,10 @@ class EngineThread:
                     if job is None:
                         return
                     self._running, self._running_since = job, time.monotonic()
-                self._serve(job)
+                    asks = []
+                    while job.asks and job.asks[0].heard <= job.next_chunk:
+                        asks.append(job.asks.popleft())
+                self._serve(job, asks)
         except BaseException as error:  # a bug here must not leave sessions waiting for ever
             log.exception("the engine's thread ended")
             with self._condition:
@@ -174,12 +204,15 @@ class EngineThread:
     def _most_urgent(self) -> Job | None:
         return min((job for job in self._jobs if job.ready), key=lambda job: job.deadline, default=None)
 
-    def _serve(self, job: Job) -> None:
+    def _serve(self, job: Job, asks: list[Ask]) -> None:
         """Make one chunk of a job and hand it on."""
         begin = self._running_since
         queued = begin - max(job.ready_since, 0.0)
         saved = None
         try:
+            for ask in asks:
+                ahead = ask.at_chunk > job.next_chunk
+                job.session.prompt(ask.prompt, ask.at_chunk * job.session.geometry.chunk if ahead else None)
             chunk = next(job.session)
             if job.cancelled:
                 raise StoppedError("the session was given up")

@@ -103,7 +103,7 @@ class SessionManager:
         if self.draining:
             made.close()
             self._check_open()
-        session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms, 0)
+        session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms)
         return session, self._attach(session, 0, resumed=False)
 
     def _terms(self, client: str, message: pb.Start) -> Terms:
@@ -114,7 +114,9 @@ class SessionManager:
         linger = min(message.linger_ms / 1000, self.config.max_linger)
         return Terms(client, message.credits, payload.check(message.encoding), linger, message.chunks)
 
-    def adopt(self, made: Session, id: str, token: str, terms: Terms, next_chunk: int) -> ServedSession:
+    def adopt(
+        self, made: Session, id: str, token: str, terms: Terms, next_chunk: int = 0, asked: int = 1
+    ) -> ServedSession:
         """Take a session of the runtime in."""
         self._caches.add(made)
         keeps = self.recovery is not None and terms.linger > 0
@@ -128,7 +130,7 @@ class SessionManager:
         def done(made: Made) -> None:
             self._packer.submit(lambda: self._post(self._take, session, session.pack(made)))
 
-        job = Job(made, done, self.admission.period, next_chunk, save_path)
+        job = Job(made, done, self.admission.period, next_chunk, asked, save_path)
         session = ServedSession(
             id, token, terms, job, self.engine, self.config.max_pending_prompts, self.pipeline.encode
         )
@@ -346,8 +348,7 @@ class SessionManager:
         if reason is None:
             known = session.prompts.get(message.id)
             if known is not None:
-                accepted = pb.PromptAccepted(id=message.id, number=known[0])
-                session.send(pb.GenerateResponse(prompt_accepted=accepted))
+                session.accept(message.id)
                 return
             try:
                 await self.read(lambda: session.ask(message, self.loop))

@@ -14,7 +14,7 @@ from swiftvideo.runtime.errors import UsageError
 from swiftvideo.runtime.snapshot import read
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .session import Kept, ServedSession, Terms, token_hash
+from .session import Kept, Known, ServedSession, Terms, token_hash
 from .status import Refusal
 from .store import LOAD_ERRORS, Store, Stored
 
@@ -53,7 +53,7 @@ class Recovery:
             chunks=terms.chunks,
             presented=session.presented,
             applied=session.applied,
-            prompts=[(id, number, text) for id, (number, text) in session.prompts.items()],
+            prompts=[(id, *known) for id, known in session.prompts.items()],
         )
         self._held.add(session.id)
         self._disk.submit(self.store.write, stored, list(session.kept)).add_done_callback(self._written)
@@ -94,14 +94,14 @@ class Recovery:
             )
         encoding = pb.Encoding.Value(pb.Encoding.Name(stored.encoding))  # type: ignore[arg-type]
         terms = Terms(client, stored.credits, encoding, stored.linger, stored.chunks)
-        session = manager.adopt(made, stored.id, token, terms, stored.index)
+        session = manager.adopt(made, stored.id, token, terms, stored.index, asked)
         session.recovered = True
         session.presented = stored.presented
         session.kept.extend(kept)
         session.applied = stored.applied
-        for id, number, text in stored.prompts:
+        for id, number, text, heard in stored.prompts:
             if number < asked:
-                session.prompts[id] = (number, text)
+                session.prompts[id] = Known(number, text, heard)
             if stored.applied <= number < asked:
                 session.names[number] = id
         self._held.add(session.id)

@@ -79,7 +79,7 @@ class Server:
         await self._server.start()
         await self._set_health(True)
         self._watchdog = asyncio.create_task(self._watch(), name="watchdog")
-        log.info("serving", extra={"address": f"{config.host}:{self.port}"})
+        log.info("serving", extra={"address": f"{config.host}:{self.port}", "metrics": self.metrics_port})
 
     def _listen(self, secure: Any) -> int:
         address = self.config.address
@@ -135,8 +135,7 @@ class Server:
             return
         self._watchdog.cancel()
         await self._server.stop(0)
-        await self.manager.close()
-        self.metrics.close()
+        await asyncio.gather(self.manager.close(), asyncio.to_thread(self.metrics.close))
         self._drained.set()
         log.info("closed")
 

@@ -143,6 +143,7 @@ class GenerationService:
         kind = _kind(message)
         manager = self._manager
         if kind == "prompt":
+            message.prompt.heard_chunk = 0  # a matter of reattaching only
             await manager.prompt(session, message.prompt)
         elif kind == "credit":
             session.credit(message.credit.presented_chunk)

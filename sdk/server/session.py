@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from swiftvideo.runtime import Prompt
-from swiftvideo.runtime.errors import PromptError, UsageError
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .engine import EngineThread, Job, Made
@@ -97,6 +96,15 @@ class Terms:
     """0: endless."""
 
 
+class Known(NamedTuple):
+    """A prompt that was accepted."""
+
+    number: int
+    text: str
+    heard: int
+    """First chunk made with it known."""
+
+
 class Packed(NamedTuple):
     """A chunk in bytes, or the error in its place."""
 
@@ -141,8 +149,8 @@ class ServedSession:
     """How it ended, for the metrics."""
     linger_timer: asyncio.TimerHandle | None = None
     kept: deque[Kept] = field(default_factory=deque)
-    prompts: OrderedDict[str, tuple[int, str]] = field(default_factory=OrderedDict)
-    """Number and text by the client's id."""
+    prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
+    """By the client's id."""
     applied: int = 0
     """Number of the prompt in force at `delivered`."""
     late: int = 0
@@ -221,35 +229,32 @@ class ServedSession:
         if len(prompt.text.encode()) > MAX_TEXT:
             return f"the prompt has {len(prompt.text.encode())} bytes: use at most {MAX_TEXT}"
         known = self.prompts.get(prompt.id)
-        if known is not None and known[1] != prompt.text:
+        if known is not None and known.text != prompt.text:
             return f"prompt id {prompt.id!r} stands for another text already: give every prompt an id of its own"
         if known is None and len(self.asked_at) >= self.max_pending:
             return f"{len(self.asked_at)} prompts wait for their chunks: wait until some have been applied"
         return None
 
     def ask(self, prompt: pb.Prompt, loop: asyncio.AbstractEventLoop) -> None:
-        """Read a new prompt and queue it; in a worker thread. Raises PromptError or ClosedError."""
-        session = self.job.session
+        """Read a new prompt and queue it; in a worker thread. Raises PromptError."""
         encoded = self.encode(prompt.text)
         with self.naming:
-            at = prompt.at_chunk * session.geometry.chunk
-            try:
-                number = session.prompt(encoded, at if at > session.frame else None)
-            except PromptError:
-                raise
-            except UsageError:
-                if session.closed:
-                    raise
-                number = session.prompt(encoded)  # the chunk was begun in between: the next one then
+            number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, prompt.heard_chunk)
             self.names[number] = prompt.id
-            loop.call_soon_threadsafe(self._accepted, prompt.id, prompt.text, number)
+            loop.call_soon_threadsafe(self._accepted, prompt.id, Known(number, prompt.text, heard))
 
-    def _accepted(self, id: str, text: str, number: int) -> None:
-        self.prompts[id] = (number, text)
+    def _accepted(self, id: str, known: Known) -> None:
+        self.prompts[id] = known
         while len(self.prompts) > KNOWN_PROMPTS:
             self.prompts.popitem(last=False)
-        self.asked_at[number] = time.monotonic()
-        self.send(pb.GenerateResponse(prompt_accepted=pb.PromptAccepted(id=id, number=number)))
+        self.asked_at[known.number] = time.monotonic()
+        self.accept(id)
+
+    def accept(self, id: str) -> None:
+        """Tell the client that a prompt is known."""
+        known = self.prompts[id]
+        message = pb.PromptAccepted(id=id, number=known.number, heard_chunk=known.heard)
+        self.send(pb.GenerateResponse(prompt_accepted=message))
 
     def pack(self, made: Made) -> Packed:
         """A chunk as messages; in the packing thread."""

@@ -42,8 +42,8 @@ class Stored:
     presented: int
     applied: int
     """Number of the prompt in force."""
-    prompts: list[tuple[str, int, str]]
-    """Id, number, text of those that the client may send again."""
+    prompts: list[tuple[str, int, str, int]]
+    """Id, number, text and `heard` of those that the client may send again."""
     format: int = FORMAT
 
 
@@ -119,7 +119,7 @@ class Store:
             plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if plain.get("format") != FORMAT:
                 return None
-            plain["prompts"] = [(str(i), int(number), str(text)) for i, number, text in plain["prompts"]]
+            plain["prompts"] = [(str(i), int(n), str(text), int(heard)) for i, n, text, heard in plain["prompts"]]
             return Stored(**plain)
         except (OSError, ValueError, TypeError, KeyError):
             log.warning("%s is no snapshot and is passed over", path.name)

@@ -96,14 +96,16 @@ class Reattach(_message.Message):
     def __init__(self, resume_token: _Optional[str] = ..., next_chunk: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("id", "text", "at_chunk")
+    __slots__ = ("id", "text", "at_chunk", "heard_chunk")
     ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     AT_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    HEARD_CHUNK_FIELD_NUMBER: _ClassVar[int]
     id: str
     text: str
     at_chunk: int
-    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., at_chunk: _Optional[int] = ...) -> None: ...
+    heard_chunk: int
+    def __init__(self, id: _Optional[str] = ..., text: _Optional[str] = ..., at_chunk: _Optional[int] = ..., heard_chunk: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("presented_chunk",)
@@ -197,12 +199,14 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., engine_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., stages_ms: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class PromptAccepted(_message.Message):
-    __slots__ = ("id", "number")
+    __slots__ = ("id", "number", "heard_chunk")
     ID_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HEARD_CHUNK_FIELD_NUMBER: _ClassVar[int]
     id: str
     number: int
-    def __init__(self, id: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
+    heard_chunk: int
+    def __init__(self, id: _Optional[str] = ..., number: _Optional[int] = ..., heard_chunk: _Optional[int] = ...) -> None: ...
 
 class PromptApplied(_message.Message):
     __slots__ = ("id", "chunk_index", "rho", "mode")

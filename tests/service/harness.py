@@ -1,0 +1,251 @@
+"""Servers in processes of their own, a proxy that cuts connections, and what the scenarios share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from swiftvideo.v1 import generation_pb2 as pb
+
+ROOT = Path(__file__).parents[2]
+METHOD = "/swiftvideo.v1.GenerationService/"
+WORDS = [f"w{number}" for number in range(40)]
+"""Of the small model (tests/export/small.py)."""
+
+
+def export_small(folder: Path, height: int | None = None, width: int | None = None) -> Path:
+    """A bundle of a model that makes a chunk in milliseconds, with real graphs on the real CPU engine."""
+    import dataclasses
+
+    from swiftvideo.export.bundle import export_bundle
+    from tests.export.small import checkpoint
+
+    small = checkpoint()
+    info = dataclasses.replace(small.info, height=height or small.info.height, width=width or small.info.width)
+    export_bundle(dataclasses.replace(small, info=info), folder)
+    return folder
+
+
+class ServerProcess:
+    """`swiftvideo serve` on a free port, or another module with the same arguments."""
+
+    def __init__(self, bundle: Path, *arguments: str, module: str = "", port: int = 0) -> None:
+        program = [sys.executable, "-c", "from swiftvideo.sdk.cli import main; main()", "serve"]
+        if module:
+            program = [sys.executable, "-m", module]
+        command = [*program, "--bundle", str(bundle), "--threads", "1", "--port", str(port), "--metrics-port", "0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        for name in ("MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            environment.pop(name, None)
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        self._ready = threading.Event()
+        self.port = self.metrics_port = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._ready.wait(120) or not self.port:
+            self.kill()
+            raise RuntimeError("the server did not start:\n" + "\n".join(self.log[-20:]))
+        self.address = f"127.0.0.1:{self.port}"
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line.rstrip())
+            del self.log[:-2000]
+            if '"message": "serving"' in line:
+                fields = json.loads(line)
+                self.port = int(fields["address"].rpartition(":")[2])
+                self.metrics_port = int(fields["metrics"])
+                self._ready.set()
+        self._ready.set()
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels, as written there."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        samples = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    def counters(self) -> dict[str, float]:
+        """What must not grow."""
+        found = self.metrics()
+        states = ("attached", "detached", "starting")
+        return {
+            "sessions": sum(found[f'swiftvideo_sessions{{state="{state}"}}'] for state in states),
+            "caches": found["swiftvideo_session_caches"],
+            "tasks": found["swiftvideo_tasks"],
+            "threads": found["swiftvideo_threads"],
+            "descriptors": found["process_open_fds"],
+            "rss": found["process_resident_memory_bytes"],
+            "after_cancel": found["swiftvideo_forwards_after_cancel"],
+        }
+
+    def idle(self, seconds: float = 30.0) -> dict[str, float]:
+        """The counters once no session is left, or after so long."""
+        end = time.monotonic() + seconds
+        while True:
+            counters = self.counters()
+            if (not counters["sessions"] and not counters["caches"]) or time.monotonic() > end:
+                time.sleep(0.3)  # tasks of calls that have just ended
+                return self.counters()
+            time.sleep(0.05)
+
+    def terminate(self) -> float:
+        """SIGTERM; seconds until the process was gone."""
+        begin = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        return time.monotonic() - begin
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self._reader.join(10)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+
+class CuttingProxy:
+    """A TCP proxy whose connections can be cut at any byte."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.cuts = 0
+
+    async def start(self) -> str:
+        """Listen; the address."""
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, far_writer}
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._pump(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 14):
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+        self._writers.discard(writer)
+
+    def cut(self) -> None:
+        """Reset every connection; counts where there was one."""
+        if self._writers:
+            self.cuts += 1
+        for writer in list(self._writers):
+            sock = writer.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def close(self) -> None:
+        """End it."""
+        self.cut()
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)
+
+
+def generate(channel: Any, metadata: Sequence[tuple[str, str]] = (), timeout: float | None = 120) -> Any:
+    """A raw Generate call."""
+    return channel.stream_stream(
+        METHOD + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
+    )(metadata=metadata, timeout=timeout)
+
+
+def start(prompt: str = "w1 w2", **fields: Any) -> pb.GenerateRequest:
+    """A start message."""
+    return pb.GenerateRequest(start=pb.Start(prompt=prompt, **{"credits": 4, **fields}))
+
+
+def credit(index: int) -> pb.GenerateRequest:
+    """A credit message."""
+    return pb.GenerateRequest(credit=pb.Credit(presented_chunk=index))
+
+
+def prompt(id: str, text: str, at_chunk: int = 0) -> pb.GenerateRequest:
+    """A prompt message."""
+    return pb.GenerateRequest(prompt=pb.Prompt(id=id, text=text, at_chunk=at_chunk))
+
+
+STOP = pb.GenerateRequest(stop=pb.Stop())
+
+
+async def messages(call: Any) -> AsyncIterator[pb.GenerateResponse]:
+    """Everything the server sends, until it ends the call."""
+    while (message := await call.read()) is not grpc.aio.EOF:
+        yield message
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50 and p99 in milliseconds, and how many there were."""
+    data = np.array(values) * 1000
+    return {
+        "p50_ms": round(float(np.percentile(data, 50)), 3),
+        "p99_ms": round(float(np.percentile(data, 99)), 3),
+        "count": len(values),
+    }
+
+
+@contextlib.contextmanager
+def embedded(bundle: Path) -> Iterator[Any]:
+    """The bundle in this process."""
+    from swiftvideo.runtime import load
+
+    with load(bundle, threads=1) as pipeline:
+        yield pipeline
+
+
+def reference(pipeline: Any, seed: int, chunks: int, prompts: list[pb.Prompt]) -> list[bytes]:
+    """Frames of an uninterrupted session that hears the same prompts before the same chunks."""
+    made = []
+    waiting = list(prompts)
+    with pipeline.session("w1 w2", seed) as session:
+        for index in range(chunks):
+            while waiting and waiting[0].heard_chunk <= index:
+                item = waiting.pop(0)
+                ahead = item.at_chunk > index
+                session.prompt(item.text, item.at_chunk * session.geometry.chunk if ahead else None)
+            made.append(next(session).frames.tobytes())
+    return made

@@ -1,0 +1,338 @@
+"""Load and faults, at any scale: the suite runs them small, `make soak` at full size. Each returns its figures."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+
+from swiftvideo.sdk import aio
+from swiftvideo.v1 import generation_pb2 as pb
+
+from .harness import (
+    STOP,
+    WORDS,
+    CuttingProxy,
+    ServerProcess,
+    credit,
+    generate,
+    messages,
+    percentiles,
+    prompt,
+    reference,
+    start,
+)
+
+
+async def cancels(server: ServerProcess, count: int, seed: int = 0) -> dict[str, Any]:
+    """Cancel calls at random moments, some in a switch; then look at what is left."""
+    rng = random.Random(seed)
+    await asyncio.gather(*(_cancelled(server, rng) for _ in range(4)))
+    before = await asyncio.to_thread(server.idle)
+    for _ in range(0, count, 4):
+        await asyncio.gather(*(_cancelled(server, rng) for _ in range(4)))
+    after = await asyncio.to_thread(server.idle)
+    growth = {name: after[name] - before[name] for name in ("tasks", "threads", "descriptors", "rss")}
+    left = {name: after[name] for name in ("sessions", "caches", "after_cancel")}
+    return {"cancels": count, "growth": growth, **left}
+
+
+async def _cancelled(server: ServerProcess, rng: random.Random) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = generate(channel)
+        await call.write(start(seed=rng.randrange(1 << 32)))
+        for _ in range(rng.randrange(5)):
+            await call.read()
+        if rng.random() < 0.3:
+            await call.write(prompt("a", " ".join(rng.sample(WORDS, 3))))
+        await asyncio.sleep(rng.random() * 0.04)
+        call.cancel()
+
+
+async def reading(server: ServerProcess, count: int, chunks: int) -> tuple[list[float], float]:
+    """Gaps between chunks of `count` sessions that read all they get, and their chunks per second together."""
+    begin = time.perf_counter()
+
+    async def one(index: int) -> list[float]:
+        gaps, last = [], None
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = generate(channel, timeout=None)
+            await call.write(start(seed=index, chunks=chunks))
+            async for message in messages(call):
+                if message.WhichOneof("message") == "chunk":
+                    now = time.perf_counter()
+                    if last is not None:
+                        gaps.append(now - last)
+                    last = now
+                    await call.write(credit(message.chunk.index))
+        return gaps
+
+    gaps = await asyncio.gather(*(one(index) for index in range(count)))
+    return sum(gaps, []), count * chunks / (time.perf_counter() - begin)
+
+
+async def stalled(server: ServerProcess, chunks: int, credits: int = 16) -> dict[str, Any]:
+    """A client that stops reading beside three that read: the server's memory, and the others' gaps."""
+    await reading(server, 4, max(20, chunks // 4))
+    alone, _ = await reading(server, 3, chunks)
+    before = server.counters()["rss"]
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = generate(channel, timeout=None)
+        await call.write(start(credits=credits))
+        first = [await call.read(), await call.read()]
+        size = sum(map(len, first[1].chunk.payloads)) or 1
+        beside, _ = await reading(server, 3, chunks)
+        after = server.counters()["rss"]
+        call.cancel()
+    a, b = percentiles(alone), percentiles(beside)
+    return {
+        "chunk_bytes": size,
+        "credits_bytes": size * credits,
+        "rss_growth": after - before,
+        "alone": a,
+        "beside": b,
+        "p99_change": round(b["p99_ms"] / a["p99_ms"] - 1, 4),
+    }
+
+
+async def overload(server: ServerProcess, capacity: int, chunks: int) -> dict[str, Any]:
+    """Four times as many sessions as fit keep asking: how fast they are refused, and the rate of those admitted."""
+    _, alone = await reading(server, capacity, chunks)
+    work = asyncio.create_task(reading(server, capacity, chunks))
+    await asyncio.to_thread(_until_full, server, capacity)
+    waits: list[float] = []
+    hints: list[int] = []
+    codes: set[str] = set()
+
+    async def stranger() -> None:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await channel.channel_ready()
+            while not work.done():
+                begin = time.perf_counter()
+                call = generate(channel)
+                await call.write(start())
+                code = await call.code()
+                if work.done():
+                    return
+                waits.append(time.perf_counter() - begin)
+                codes.add(code.name)
+                hints.extend(int(value) for key, value in await call.trailing_metadata() if key == "retry-after-ms")
+                await asyncio.sleep(1.0)  # what the hints ask for, at least
+
+    strangers = [asyncio.create_task(stranger()) for _ in range(3 * capacity)]
+    _, crowded = await work
+    await asyncio.gather(*strangers)
+    return {
+        "capacity": capacity,
+        "rejects": percentiles(waits),
+        "slowest_reject_ms": round(max(waits) * 1000, 3),
+        "codes": sorted(codes),
+        "hints": len(hints),
+        "chunks_per_second_alone": round(alone, 2),
+        "chunks_per_second_crowded": round(crowded, 2),
+        "rate_kept": round(crowded / alone, 4),
+    }
+
+
+def _until_full(server: ServerProcess, count: int) -> None:
+    while server.counters()["sessions"] < count:
+        time.sleep(0.02)
+
+
+async def switches(server: ServerProcess, count: int, sessions: int = 8) -> dict[str, Any]:
+    """Prompts over several sessions, one at a time and in bursts; every message is checked."""
+    results = await asyncio.gather(*(_switching(server, count // sessions, seed) for seed in range(sessions)))
+    problems = [problem for found, _ in results for problem in found]
+    return {"switches": sum(applied for _, applied in results), "problems": len(problems), "examples": problems[:5]}
+
+
+async def _switching(server: ServerProcess, count: int, seed: int) -> tuple[list[str], int]:
+    rng = random.Random(seed)
+    problems: list[str] = []
+    sent: list[str] = []
+    accepted: list[str] = []
+    applied: list[str] = []
+    since: dict[str, int] = {}  # chunks that came between a prompt's acceptance and its application
+    waiting = 0
+    expected: str | None = None  # prompt of the next chunk
+    running = ""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = generate(channel, timeout=None)
+        await call.write(start(seed=seed))
+        async for message in messages(call):
+            kind = message.WhichOneof("message")
+            if kind == "prompt_accepted":
+                accepted.append(message.prompt_accepted.id)
+                since[message.prompt_accepted.id] = -waiting
+                waiting += 1
+            elif kind == "prompt_applied":
+                item = message.prompt_applied
+                applied.append(item.id)
+                waiting -= 1
+                late = since.pop(item.id, 99)
+                if late > 2:  # the chunk in the making and the one being packed were begun before
+                    problems.append(f"{item.id} applied {late} chunks later than the next one")
+                expected = item.id
+            elif kind == "chunk":
+                chunk = message.chunk
+                running = expected or running
+                if chunk.prompt_id != running or bool(chunk.mode) != (expected is not None):
+                    problems.append(f"chunk {chunk.index} is of {chunk.prompt_id!r}, not {running!r}")
+                expected = None
+                since = {id: number + 1 for id, number in since.items()}
+                await call.write(credit(chunk.index))
+                if len(applied) >= count:
+                    await call.write(STOP)
+                elif len(sent) == len(applied):
+                    for _ in range(min(rng.choice((1, 2, 8)), count - len(sent))):
+                        sent.append(f"{seed}.{len(sent)}")
+                        await call.write(prompt(sent[-1], " ".join(rng.sample(WORDS, 3))))
+            elif kind == "prompt_rejected":
+                problems.append(f"{message.prompt_rejected.id} was rejected: {message.prompt_rejected.reason}")
+    if not sent == accepted == applied:
+        problems.append(f"sent {len(sent)}, accepted {len(accepted)}, applied {len(applied)}, or another order")
+    return problems, len(applied)
+
+
+async def cuts(server: ServerProcess, pipeline: Any, count: int, clients: int = 4) -> dict[str, Any]:
+    """Connections that break at random moments; every session's bytes against an uninterrupted one's."""
+    cut = await asyncio.gather(*(_cut(server, pipeline, -(-count // clients), seed) for seed in range(clients)))
+    return {
+        "cuts": sum(number for number, *_ in cut),
+        "reconnects": sum(number for _, number, *_ in cut),
+        "chunks": sum(chunks for *_, chunks, _ in cut),
+        "sessions_that_differ": sum(not same for *_, same in cut),
+    }
+
+
+async def _cut(server: ServerProcess, pipeline: Any, count: int, seed: int) -> tuple[int, int, int, bool]:
+    rng = random.Random(seed)
+    proxy = CuttingProxy(server.port)
+    address = await proxy.start()
+    made: list[bytes] = []
+    prompts: dict[str, pb.Prompt] = {}
+    calls = 0
+    async with aio.Client(address, timeout=60) as client:
+        video = client.generate("w1 w2", seed, credits=4, linger=60)
+        connect = video._connect
+
+        async def counted() -> None:
+            nonlocal calls
+            calls += 1
+            await connect()
+
+        video._connect = counted  # type: ignore[method-assign]
+        async with video:
+            async for chunk in video:
+                made.append(bytes(chunk.frames))
+                if proxy.cuts >= count and len(made) > 10:
+                    break
+                prompts.update(video.state.prompts)
+                if rng.random() < 0.3:  # at once, or ahead, which widens the window before it
+                    at = rng.choice((0, chunk.index + rng.randint(1, 9)))
+                    await video.prompt(" ".join(rng.sample(WORDS, 3)), at_chunk=at)
+                if rng.random() < 0.5:
+                    asyncio.get_running_loop().call_later(rng.random() * 0.05, proxy.cut)
+    await proxy.close()
+    expected = await asyncio.to_thread(reference, pipeline, seed, len(made), list(prompts.values()))
+    return proxy.cuts, calls - 1, len(made), made == expected
+
+
+async def sigterm(server: ServerProcess, sessions: int, grace: float) -> dict[str, Any]:
+    """SIGTERM while sessions run: health, whole chunks, the way they end, the time until exit."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    reasons: list[str] = []
+    broken = 0
+    running = asyncio.Semaphore(0)
+
+    async def one(seed: int) -> None:
+        nonlocal broken
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = generate(channel)
+            await call.write(start(seed=seed))
+            following = 0
+            async for message in messages(call):
+                kind = message.WhichOneof("message")
+                if kind == "chunk":
+                    geometry = started.geometry
+                    size = message.chunk.frame_count * geometry.width * geometry.height * 3
+                    broken += message.chunk.index != following or len(message.chunk.payloads[0]) != size
+                    following += 1
+                    running.release()
+                    await call.write(credit(message.chunk.index))
+                elif kind == "started":
+                    started = message.started
+                elif kind == "ended":
+                    reasons.append(pb.Ended.Reason.Name(message.ended.reason))
+            broken += await call.code() is not grpc.StatusCode.OK
+
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        tasks = [asyncio.create_task(one(seed)) for seed in range(sessions)]
+        for _ in range(sessions):
+            await running.acquire()
+        begin = time.perf_counter()
+        leaving = asyncio.create_task(asyncio.to_thread(server.terminate))
+        state = (await watch.read()).status
+        told = time.perf_counter() - begin
+        watch.cancel()
+        await asyncio.gather(*tasks)
+        exit_seconds = await leaving
+    return {
+        "not_serving_after_ms": round(told * 1000, 3),
+        "not_serving": state == health_pb2.HealthCheckResponse.NOT_SERVING,
+        "grace": grace,
+        "exit_seconds": round(exit_seconds, 3),
+        "exit_code": server.process.returncode,
+        "broken_chunks": broken,
+        "reasons": sorted(set(reasons)),
+        "ended": len(reasons),
+    }
+
+
+async def latency(server: ServerProcess, pipeline: Any, rounds: int, text: str, other: str) -> dict[str, Any]:
+    """First frame, chunk and switch: embedded and through the service, in turns."""
+    times: dict[str, dict[str, list[float]]] = {
+        side: {"first_frame": [], "chunk": [], "switch": []} for side in ("embedded", "service")
+    }
+    async with aio.Client(server.address) as client:
+        for seed in range(rounds):
+            await asyncio.to_thread(_embedded, pipeline, seed, text, other, times["embedded"])
+            begin = time.perf_counter()
+            async with client.generate(text, seed, credits=1, linger=0) as video:
+                for index in range(8):
+                    if index == 6:
+                        begin = time.perf_counter()
+                        await video.prompt(other)
+                    elif index:
+                        begin = time.perf_counter()
+                    chunk = await anext(video)
+                    name = "first_frame" if index == 0 else "switch" if chunk.mode else "chunk"
+                    if index != 6 or chunk.mode:
+                        times["service"][name].append(time.perf_counter() - begin)
+    report: dict[str, Any] = {side: {k: percentiles(v) for k, v in times[side].items()} for side in times}
+    report["added_p50_ms"] = {
+        name: round(float(np.median(times["service"][name]) - np.median(times["embedded"][name])) * 1000, 3)
+        for name in times["service"]
+    }
+    return report
+
+
+def _embedded(pipeline: Any, seed: int, text: str, other: str, times: dict[str, list[float]]) -> None:
+    begin = time.perf_counter()
+    with pipeline.session(text, seed) as session:
+        for index in range(8):
+            if index:
+                begin = time.perf_counter()
+            if index == 6:
+                session.prompt(other)
+            chunk = next(session)
+            chunk.frames.tobytes()
+            name = "first_frame" if index == 0 else "switch" if chunk.mode else "chunk"
+            times[name].append(time.perf_counter() - begin)
