@@ -67,8 +67,12 @@ def random_checkpoint(
 
 def _fill(module: M, dtype: torch.dtype, generator: torch.Generator) -> M:
     """Real tensors in the place of meta ones: N(0, 1/fan_in) for matrices and convolutions, ones for norms' weights."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two modules share is made once
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter in made:
+                setattr(owner, name, made[parameter])
+                continue
             value = torch.empty(parameter.shape, dtype=dtype)
             if name == "modulation":
                 value.normal_(std=value.shape[-1] ** -0.5, generator=generator)
@@ -76,7 +80,8 @@ def _fill(module: M, dtype: torch.dtype, generator: torch.Generator) -> M:
                 value.normal_(std=value[0].numel() ** -0.5, generator=generator)
             else:
                 value.fill_(0.0 if name == "bias" else 1.0)
-            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+            made[parameter] = nn.Parameter(value, requires_grad=False)
+            setattr(owner, name, made[parameter])
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.is_meta:
                 raise SettingsError(
