@@ -273,8 +273,8 @@ def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
     files = dict(manifest.files)
     fresh = [item.info for item in built]
     keys = {(plan.graph, plan.target, plan.functions) for plan in fresh}
-    kept = []
-    stale = []
+    kept: list[PlanInfo] = []
+    stale: list[PlanInfo] = []
     for plan in plans_of(manifest):
         (stale if (plan.graph, plan.target, plan.functions) in keys else kept).append(plan)
     used = {name for plan in (*kept, *fresh) for name in (plan.file, plan.layers)}

@@ -137,7 +137,7 @@ class Pinned:
         self._driver = driver
         self.address = int(check(driver, driver.cuMemHostAlloc(size, 0), f"pinning {size} bytes"))
         self.size = size
-        self.array: Array = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
+        self.array: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 
     def put(self, value: Array) -> int:
         """Copy a contiguous array to the beginning; return its size in bytes."""

@@ -201,9 +201,10 @@ class TensorRTSession:
         for graph in self._graphs.values():
             check(self._driver, self._driver.cuGraphExecDestroy(graph), "closing a session")
         self._graphs, self._contexts, self._prompt = {}, {}, None
-        for item in (self._arena, self._back, *self._staging):
-            item.close()
+        self._arena.close()
         self._arena = None
+        for buffer in (self._back, *self._staging):
+            buffer.close()
         for event in self._events:
             check(self._driver, self._driver.cuEventDestroy(event), "closing a session")
         for stream in (self._stream, self._decoding):

@@ -51,15 +51,16 @@ def register(trt: Any, kernels: dict[str, Kernel] | None = None) -> list[Any]:
     return _REGISTERED[trt.__name__]
 
 
-def fields(trt: Any, kernel: Kernel, layer: int, scale: float) -> list[Any]:
-    """The serialised fields of a plugin: attributes, the kernel's description, the cubin."""
+def fields(trt: Any, kernel: Kernel, layer: int, scale: float) -> list[tuple[Any, Any]]:
+    """The serialised fields of a plugin, each with its array: attributes, the kernel's description, the cubin."""
     kinds = trt.PluginFieldType
-    return [
-        trt.PluginField("layer", np.array([layer], np.int32), kinds.INT32),
-        trt.PluginField("scale", np.array([scale], np.float32), kinds.FLOAT32),
-        trt.PluginField("kernel", _bytes(kernel.spec.to_json().encode()), kinds.CHAR),
-        trt.PluginField("cubin", _bytes(kernel.cubin), kinds.INT8),
-    ]
+    arrays = (
+        ("layer", np.array([layer], np.int32), kinds.INT32),
+        ("scale", np.array([scale], np.float32), kinds.FLOAT32),
+        ("kernel", _bytes(kernel.spec.to_json().encode()), kinds.CHAR),
+        ("cubin", _bytes(kernel.cubin), kinds.INT8),
+    )
+    return [(trt.PluginField(name, array, kind), array) for name, array, kind in arrays]
 
 
 def read_fields(collection: Any, name: str) -> tuple[int, float, Kernel]:
@@ -83,18 +84,24 @@ def _plugin_class(trt: Any) -> type[Any]:
     """The plugin of either op, on the base classes of `trt`."""
     dtypes = {name: getattr(trt.DataType, member) for name, member in _DTYPES.items()}
 
-    class SwiftPlugin(  # type: ignore[misc]
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
-    ):
+    bases: tuple[Any, ...] = (
+        trt.IPluginV3,
+        trt.IPluginV3OneCore,
+        trt.IPluginV3OneBuild,
+        trt.IPluginV3OneRuntime,
+    )
+
+    class SwiftPlugin(*bases):  # type: ignore[misc]
         """One node of the graph. Which op it is, is `plugin_name`."""
 
         def __init__(self, op: str, layer: int, scale: float, kernel: Kernel) -> None:
-            for base in SwiftPlugin.__bases__:
+            for base in bases:
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = op, VERSION, NAMESPACE
             self.num_outputs = 1 if op == ATTENTION else 2
             self.layer, self.scale, self.kernel = layer, scale, kernel
             self.launcher: Launcher | None = None
+            self.serialised: list[tuple[Any, Any]] = []
 
         # -- core
 
@@ -142,7 +149,9 @@ def _plugin_class(trt: Any) -> type[Any]:
         # -- run time
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection(fields(trt, self.kernel, self.layer, self.scale))
+            # Fields point at their arrays, and a collection at its fields: all live as long as the plugin.
+            self.serialised = fields(trt, self.kernel, self.layer, self.scale)
+            return trt.PluginFieldCollection([field for field, _ in self.serialised])
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             """Shapes come with every enqueue."""

@@ -65,6 +65,11 @@ def test_all_graphs_of_the_embedded_model(
         for op, layer in wanted:
             assert any(f"swift.{op}.{layer}." in item["name"] for item in found)
         assert {op for op, _ in wanted} == set(plan.plugins)
+        content = (bundle / plan.file).read_bytes()
+        for op in plan.plugins:
+            assert read_kernel(manifest, op, plan.capability).cubin in content, (
+                "a plan needs no file beside it"
+            )
     g = manifest.geometry
     if plugins:
         assert our_nodes(bundle, "denoise") == [(ATTENTION, i) for i in range(g.layers)]

@@ -370,11 +370,13 @@ def test_a_cubin_that_the_driver_refuses(driver: FakeDriver) -> None:
 def test_plugin_fields_come_back() -> None:
     trt: Any = pytest.importorskip("tensorrt_rtx_bindings", reason=RTX.install)
     made = kernel(ATTENTION)
-    collection = trt.PluginFieldCollection(plugins.fields(trt, made, 3, 0.125))
+    made_fields = plugins.fields(trt, made, 3, 0.125)
+    collection = trt.PluginFieldCollection([field for field, _ in made_fields])
     layer, scale, read = plugins.read_fields(collection, "a plugin")
     assert (layer, scale, read.spec, read.cubin) == (3, 0.125, made.spec, made.cubin)
+    few = trt.PluginFieldCollection([field for field, _ in made_fields[:2]])
     with pytest.raises(EngineError, match="has no cubin, kernel"):
-        plugins.read_fields(trt.PluginFieldCollection(plugins.fields(trt, made, 3, 0.125)[:2]), "a plugin")
+        plugins.read_fields(few, "a plugin")
 
 
 def test_targets() -> None:
