@@ -35,6 +35,8 @@ class TorchEngine:
         decoder: the VAE, or None: then sessions cannot decode.
         text_encoder: or None: then only `condition` makes prompts.
         device: where everything lives.
+        times: (e [steps+1,D], e0 [steps+1,6,D]) of the schedule's passes, for a model without its time MLP, which
+            bundles leave out; None: computed.
 
     Raises:
         SettingsError: model, geometry and schedule contradict each other.
@@ -50,6 +52,7 @@ class TorchEngine:
         decoder: StreamingDecoder | None = None,
         text_encoder: TextEncoder | None = None,
         device: str | torch.device = "cpu",
+        times: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         config = model.config
         theirs = (config.num_layers, config.num_heads, config.head_dim, config.in_channels, config.patch)
@@ -75,10 +78,11 @@ class TorchEngine:
             geometry.latent_width // geometry.patch[2],
             self.device,
         )
-        with torch.no_grad():
-            times = torch.tensor(schedule.passes, device=self.device)[:, None]
-            embeddings = [model.time_embed(t[None]) for t in times]
-        self.times = [(e[:, 0], e0[:, 0]) for e, e0 in embeddings]
+        if times is None:
+            with torch.no_grad():
+                e, e0 = model.time_embed(torch.tensor(schedule.passes, device=self.device)[None])
+            times = e[0], e0[0]
+        self.times = times[0].to(self.device), times[1].to(self.device)
 
     @torch.no_grad()
     def encode(self, ids: Int64, mask: Int64, text: str) -> Prompt:
@@ -154,11 +158,11 @@ class TorchSession:
             return dynamic_window_attention(q, k, v, self.cache_k, self.cache_v, table, layer, scale)
 
         shape = (self.batch, x.shape[1])
-        e, e0 = engine.times[step]
+        e, e0 = (table[step][None, None] for table in engine.times)
         flow, *fresh = engine.model(
             x,
-            e[:, None].expand(*shape, *e.shape[1:]),
-            e0[:, None].expand(*shape, *e0.shape[1:]),
+            e.expand(*shape, -1),
+            e0.expand(*shape, -1, -1),
             engine.tensor(time_cos).expand(*shape, -1),
             engine.tensor(time_sin).expand(*shape, -1),
             *prompt.cross,

@@ -22,9 +22,7 @@ from typing import Any, Protocol
 
 import onnx
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from swiftvideo.runtime.errors import BundleError, EngineUnavailableError, SettingsError
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
@@ -33,11 +31,8 @@ from . import verify_inputs
 from .bundle import DTYPES
 from .checkpoint import Checkpoint
 from .graphs import Graph, backbone_graphs, decode_graphs, text_graph
-from .models.backbone import BackboneConfig, CausalWanModel
-from .models.schedule import TRAINING_STEPS, Schedule
-from .models.text import TextEncoder
-from .models.vae import StreamingDecoder
-from .weights import blank, config_of, data_files, restore
+from .restore import named, restored_graph
+from .weights import data_files
 
 RELATIVE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 """Largest allowed difference over the reference's largest value, by the bundle's dtype."""
@@ -189,7 +184,7 @@ def _verify_graph(
 ) -> Iterator[Check]:
     model = onnx.load_model_from_string(bytes(manifest.read_file(f"onnx/{name}.onnx")))
     graph = (
-        _reference(manifest, name, model)
+        restored_graph(manifest, name, model)
         if checkpoint is None
         else _of_checkpoint(manifest, name, checkpoint)
     )
@@ -254,60 +249,7 @@ def _of_checkpoint(manifest: Manifest, name: str, checkpoint: Checkpoint) -> Gra
     if name == "text_encoder":
         return text_graph(checkpoint.text_encoder.to(dtype), manifest.geometry.text_len)
     if name.startswith("decode"):
-        return _named(decode_graphs(checkpoint.vae.to(dtype), manifest.geometry), name)
-    return _named(
+        return named(decode_graphs(checkpoint.vae.to(dtype), manifest.geometry), name)
+    return named(
         backbone_graphs(checkpoint.backbone.to(dtype), manifest.geometry, checkpoint.schedule), name
     )
-
-
-def _reference(manifest: Manifest, name: str, model: onnx.ModelProto) -> Graph:
-    """The torch model of a graph, with the weights that the graph records."""
-    dtype, g = DTYPES[manifest.dtype], manifest.geometry
-    config = config_of(model, name)
-    if name == "text_encoder":
-        with torch.device("meta"):
-            umt5 = UMT5EncoderModel(UMT5Config(**config["text_encoder"]))
-        graph = text_graph(TextEncoder(blank(umt5, dtype)), g.text_len)
-    elif name.startswith("decode"):
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(config["vae"])
-        graph = _named(decode_graphs(StreamingDecoder(blank(vae, dtype)), g), name)
-    else:
-        backbone = config.get("backbone") or _no_weights(manifest)
-        with torch.device("meta"):
-            wan = CausalWanModel(BackboneConfig(**backbone | {"patch": tuple(backbone["patch"])}))
-        blank(wan, dtype)
-        graph = _named(backbone_graphs(wan, g, _schedule(manifest)), name)
-    kept: dict[str, memoryview] = {}
-
-    def read(file: str) -> memoryview:
-        if file not in kept:
-            kept[file] = manifest.read_file(f"onnx/{file}")
-        return kept[file]
-
-    restore(graph.module, model, name, read)
-    return graph
-
-
-def _no_weights(manifest: Manifest) -> dict[str, Any]:
-    """A backbone of the manifest's shapes for `inject`, which has none of its weights."""
-    g = manifest.geometry
-    sizes = {"dim": g.dim, "ffn_dim": 1, "num_heads": g.heads, "num_layers": g.layers}
-    return sizes | {
-        "text_dim": g.text_dim,
-        "text_len": g.text_len,
-        "in_channels": g.latent_channels,
-        "patch": g.patch,
-    }
-
-
-def _schedule(manifest: Manifest) -> Schedule:
-    """The schedule whose steps are the manifest's."""
-    info = manifest.schedule
-    grid = torch.from_numpy(Schedule(info.shift).timesteps)
-    indices = [TRAINING_STEPS - int((grid - time).abs().argmin()) for time in info.timesteps]
-    return Schedule(info.shift, indices, info.context_noise)
-
-
-def _named(graphs: Iterator[Graph], name: str) -> Graph:
-    return next(graph for graph in graphs if graph.name == name)

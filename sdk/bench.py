@@ -12,8 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError, load
+from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError
 
+from .engines import open_pipeline
 from .machine import describe, memory_mib
 from .video import check_output
 
@@ -58,7 +59,7 @@ def measure(
     """
     if memory_chunks and memory_chunks <= MEMORY_FROM:
         raise UsageError(f"{memory_chunks} chunks for memory: use 0, or more than {MEMORY_FROM}")
-    with load(bundle, engine, threads) as pipeline:
+    with open_pipeline(bundle, engine, threads) as pipeline:
         geometry, prompts = pipeline.geometry, prompts_for(pipeline)
         result: dict[str, Any] = {
             **describe(),

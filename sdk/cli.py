@@ -27,7 +27,9 @@ app = typer.Typer(
 Bundle = Annotated[
     Path | None, typer.Option("--bundle", help="A bundle's folder; the embedded model if absent.")
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="auto, onnxruntime or tensorrt; see 'swiftvideo doctor'.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="auto, onnxruntime, tensorrt or torch; see 'swiftvideo doctor'.")
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Of the CPU engine; all cores if absent.")
 ]
@@ -118,9 +120,9 @@ def generate(
             return
         if contact_sheet is not None:
             check_output(contact_sheet, (".png",))
-        from swiftvideo.runtime import load
+        from .engines import open_pipeline
 
-        with load(bundle, engine, threads) as pipeline, progress:
+        with open_pipeline(bundle, engine, threads) as pipeline, progress:
             report = work.generate(pipeline, told, out, contact_sheet, progress.update)
     except SwiftVideoError as error:
         if as_json:
