@@ -28,7 +28,7 @@ FREE = ("--max-load", "0")
 
 
 class Soak:
-    """Scenarios on two bundles: `small` for rates, `wide` (64 x 96 pixels) for memory."""
+    """Scenarios on two bundles: `small` for counts, `wide`, with larger chunks, for memory."""
 
     def __init__(self, small: Path, wide: Path, scale: float, folder: Path) -> None:
         self.small, self.wide, self.scale, self.folder = small, wide, scale, folder
@@ -53,7 +53,7 @@ class Soak:
     def stalled(self) -> dict[str, Any]:
         """2: a client that stops reading."""
         with ServerProcess(self.wide, *FREE) as server:
-            found = asyncio.run(scenarios.stalled(server, self.n(400)))
+            found = asyncio.run(scenarios.stalled(server, self.n(60)))
         found["ok"] = found["rss_growth"] <= found["credits_bytes"] + faults.MEBIBYTE and found["p99_change"] < 0.05
         return found
 
@@ -144,14 +144,15 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="1.0: the counts of docs/service.md")
     parser.add_argument("--only", nargs="*", help="names of scenarios")
     parser.add_argument("--bundle", type=Path, help="a bundle of the small model, made before")
-    parser.add_argument("--wide", type=Path, help="a bundle of the small model at 64 x 96, made before")
+    parser.add_argument("--wide", type=Path, help="a bundle with larger chunks")
     parser.add_argument("--hour", action="store_true", help="churn for an hour")
     options = parser.parse_args()
     result: dict[str, Any] = {**describe(), "scale": options.scale}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         small = options.bundle or export_small(folder / "small")
-        wide = options.wide or export_small(folder / "wide", 64, 96)
+        has = (EMBEDDED / "manifest.json").is_file()
+        wide = options.wide or (EMBEDDED if has else export_small(folder / "wide", 24, 32))
         soak = Soak(small, wide, options.scale, folder)
         names = "cancels stalled overload switches cuts kills sigterm fuzz churn planted_leak latency".split()
         for name in names:
