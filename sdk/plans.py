@@ -31,8 +31,8 @@ def build(bundle: Path, targets: list[str], plugins: bool, console: Console) -> 
     from swiftvideo.export.tensorrt import Built, build_plans
 
     table = Table(box=None)
-    for column in ("plan", "size", "seconds", "peak memory"):
-        table.add_column(column, justify="left" if column == "plan" else "right")
+    for column in ("target", "graph", "plan", "seconds", "peak memory"):
+        table.add_column(column, justify="left" if column in ("target", "graph") else "right")
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -52,7 +52,7 @@ def build(bundle: Path, targets: list[str], plugins: bool, console: Console) -> 
             bar.remove_task(task)
             for item in built:
                 size, peak = (f"{value / 2**20:.1f} MiB" for value in (item.size, item.peak))
-                table.add_row(Text(Path(item.info.file).name), size, f"{item.seconds:.1f}", peak)
+                table.add_row(target, item.info.graph, size, f"{item.seconds:.1f}", peak)
     console.print(table)
 
 

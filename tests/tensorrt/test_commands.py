@@ -1,0 +1,110 @@
+"""Plans by the command line, and what it says of machines without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from swiftvideo.runtime.engines import cuda
+from swiftvideo.runtime.errors import SwiftVideoError
+from swiftvideo.runtime.manifest import Manifest
+from swiftvideo.runtime.plugins.flavours import RTX, Flavour
+from swiftvideo.runtime.plugins.plans import plans_of
+from swiftvideo.sdk import gpus
+from swiftvideo.sdk.cli import app, main
+
+from .driver import FakeDriver
+
+
+def test_target_alone_adds_plans_to_a_bundle(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swiftvideo.export import tensorrt as builder
+
+    monkeypatch.setattr(builder, "GRAPHS", ("inject",))
+    arguments = [
+        "export",
+        "--out",
+        str(small),
+        "--target",
+        "rtx:sm86",
+        "--target",
+        "rtx:sm89",
+        "--no-plugins",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()[1:]
+    assert [line.split()[:2] for line in lines] == [["rtx:sm86", "inject"], ["rtx:sm89", "inject"]]
+    assert all(line.count("MiB") == 2 for line in lines)
+    plans = plans_of(Manifest.load(small))
+    assert {(plan.target, plan.functions) for plan in plans} == {("rtx:sm86", True), ("rtx:sm89", True)}
+    shown = CliRunner().invoke(app, ["inspect", str(small)])
+    assert "none: built with --no-plugins" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--target", "rtx:sm90"], 2, "target is 'rtx:sm90': use h100, h200, rtx:sm80"),
+        (["--target", "rtx:sm89"], 1, "no bundle at"),
+        (["--random", "wan2.1-t2v-1.3b", "--target", "b200"], 2, "target is 'b200'"),
+        ([], 2, "give either CHECKPOINT or --random"),
+    ],
+)
+def test_wrong_targets_are_said_before_any_work(
+    arguments: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["swiftvideo", "export", "--out", str(tmp_path / "none"), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def notes(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, installed: Flavour | None
+) -> dict[str, tuple[bool, str]]:
+    monkeypatch.setattr(cuda, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(Flavour, "installed", property(lambda self: "1.7.1" if self is installed else None))
+    monkeypatch.setattr(Flavour, "load", lambda self: None)
+    return {item.what: (item.usable, item.note) for item in gpus.gpu_findings()}
+
+
+def test_doctor_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    driver.missing = True
+    found = notes(monkeypatch, driver, RTX)
+    assert found["CUDA"][0] is found["engine tensorrt"][0] is False
+    assert "no NVIDIA driver" in found["engine tensorrt"][1]
+    assert found["tensorrt_rtx"] == (True, "1.7.1; plans for sm80, sm86, sm89, sm120")
+    assert found["tensorrt"] == (False, "not installed: pip install 'swiftvideo[tensorrt]'")
+
+
+def test_doctor_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    found = notes(monkeypatch, driver, RTX)
+    assert found["CUDA"] == (True, "13.0, 1 GPUs for this process")
+    assert found["engine tensorrt"] == (
+        True,
+        "for bundles with plans: swiftvideo export --out BUNDLE --target rtx:sm89",
+    )
+    driver.capability = (9, 0)
+    usable, note = notes(monkeypatch, driver, RTX)["engine tensorrt"]
+    assert not usable and "no plans can be built for sm90: pip install 'swiftvideo[tensorrt]'" in note
+    usable, note = notes(monkeypatch, driver, None)["engine tensorrt"]
+    assert not usable and "no TensorRT is installed" in note
+
+
+def test_a_library_that_cannot_be_imported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Flavour("broken", "swiftvideo.no_such_module", "swiftvideo", "pip install it", (89,))
+    assert broken.installed is None
+    with pytest.raises(SwiftVideoError, match=r"broken cannot be imported .*: pip install it"):
+        broken.load()
