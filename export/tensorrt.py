@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swiftvideo.runtime.engines.cuda import find_gpus
 from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure
-from swiftvideo.runtime.plugins.flavours import RTX, Target, parse_target
+from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
 from swiftvideo.runtime.plugins.kernel import OPS, Kernel
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
 from swiftvideo.runtime.plugins.tensorrt import PLUGINS
@@ -67,7 +68,7 @@ def build_plans(
 
     Raises:
         SettingsError: no such target.
-        EngineUnavailableError: the target's product is not installed.
+        EngineUnavailableError: the target's product is not installed, or needs another GPU to build.
         BundleError: the bundle cannot be read, or has no such graph.
         PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end.
     """
@@ -78,6 +79,8 @@ def build_plans(
         raise EngineUnavailableError(
             f"--target {target} needs {wanted.flavour.name}, which is not installed: {wanted.flavour.install}"
         )
+    if wanted.flavour is TENSORRT:
+        _check_gpu(wanted)
     names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
     missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]
     if missing:
@@ -95,6 +98,16 @@ def build_plans(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return built
+
+
+def _check_gpu(target: Target) -> None:
+    """TensorRT, unlike TensorRT-RTX, builds for the GPU that is there."""
+    gpu = find_gpus()[0]
+    if gpu.capability != target.capability:
+        raise EngineUnavailableError(
+            f"--target {target.name} is built on a GPU of compute capability {target.capability}, and this one "
+            f"({gpu.name}) has {gpu.capability}: build it there, or use --target rtx:sm{gpu.capability}"
+        )
 
 
 def _verify(manifest: Manifest, graphs: list[str]) -> None:

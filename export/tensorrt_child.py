@@ -72,7 +72,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
                 "; ".join(logger.errors[-3:]) or "the builder gave no reason", _layer_in(logger.errors)
             )
         Path(job["plan"]).write_bytes(plan)
-        layers = parse_report(logger.report)
+        layers = parse_report(logger.report) or inspected(trt, logger, plan)
         if job["timing_cache"]:
             Path(job["timing_cache"]).write_bytes(config.get_timing_cache().serialize())
         return {
@@ -108,6 +108,30 @@ def parse_report(text: str) -> list[dict[str, Any]]:
                     "precision": "/".join(kinds),
                 }
             )
+    return layers
+
+
+def inspected(trt: Any, logger: Any, plan: Any) -> list[dict[str, Any]]:
+    """Layers by the engine inspector, for a builder whose log has no report; it loads the plan, which takes a GPU."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildFailure(f"the plan that was just built does not load: {'; '.join(logger.errors[-3:])}")
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return parse_inspection(text)
+
+
+def parse_inspection(text: str) -> list[dict[str, Any]]:
+    """Layers of the engine inspector's JSON, as `parse_report` gives them."""
+    layers = []
+    for layer in json.loads(text)["Layers"]:
+        kinds = {
+            str(output.get("Format/Datatype", "")).rpartition(" ")[2] for output in layer.get("Outputs", [])
+        }
+        kind = str(layer.get("LayerType", ""))
+        precision = "/".join(sorted(kinds - {""}))
+        layers.append(
+            {"name": layer["Name"], "type": kind, "plugin": kind in PLUGIN_LAYERS, "precision": precision}
+        )
     return layers
 
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from swiftvideo.export import tensorrt as builder
 from swiftvideo.export.onnx_ops import DOMAIN
 from swiftvideo.export.tensorrt import PlanBuildError, build_plans
+from swiftvideo.export.tensorrt_child import parse_inspection, parse_report
+from swiftvideo.runtime.engines import cuda
 from swiftvideo.runtime.errors import (
     BundleIntegrityError,
     BundleMissingError,
@@ -26,6 +28,8 @@ from swiftvideo.runtime.plugins.flavours import RTX, Flavour
 from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, read_kernel
 from swiftvideo.runtime.plugins.plans import choose_plans, plans_of
 from swiftvideo.sdk.inspect import show
+
+from .driver import FakeDriver
 
 
 def our_nodes(bundle: Path, graph: str) -> list[tuple[str, int]]:
@@ -180,3 +184,34 @@ def test_a_product_that_is_not_installed(small: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Flavour, "installed", None)
     with pytest.raises(EngineUnavailableError, match=r"--target h200 needs tensorrt.*pip install"):
         build_plans(small, "h200")
+
+
+def test_tensorrt_builds_on_the_gpu_it_builds_for(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(cuda, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(Flavour, "installed", "11.0")
+    with pytest.raises(
+        EngineUnavailableError, match=r"capability 90, and this one \(A test\) has 89.*rtx:sm89"
+    ):
+        build_plans(small, "h200")
+    driver.missing = True
+    with pytest.raises(EngineUnavailableError, match="no NVIDIA driver"):
+        build_plans(small, "h200")
+
+
+def test_reports_of_the_log_and_of_the_inspector_read_alike() -> None:
+    log = (
+        "Layers:\n"
+        "Name: swift.SemanticInjection.0._myl0_1, LayerType: custom_layer, Inputs: [ { Name: v, Datatype: Int32 }], "
+        "Constants: [], Outputs: [ { Name: b, Dimensions: [2], Datatype: BFloat16, Format: x }], TacticName: \n"
+        "Name: none, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: \n\nI/O Tensors:\n"
+        " Name: v, IOMode: Input, DataType: Int32"
+    )
+    shapes = {"name": "none", "type": "shape_call", "plugin": False, "precision": ""}
+    ours = {"name": "swift.SemanticInjection.0._myl0_1", "type": "custom_layer", "plugin": True}
+    assert parse_report(log) == [ours | {"precision": "BFloat16"}, shapes]
+    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3", "Inputs": []}
+    layer["Outputs"] = [{"Name": "b", "Dimensions": [2], "Format/Datatype": "Row major linear BFloat16"}]
+    assert parse_inspection(json.dumps({"Layers": [layer], "Bindings": ["v", "b"]})) == [
+        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, "precision": "BFloat16"}
+    ]
