@@ -123,7 +123,7 @@ class Denoise(nn.Module):
         """See the module's table; latents and noise float32 [B,F,C,h,w], step int64 []."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return onnx_ops.window_attention(q, k, v, cache_k, cache_v, segments, layer, self.scale)
+            return self.attention(q, k, v, cache_k, cache_v, segments, layer, self.scale)
 
         row = step.reshape(1)
 
@@ -144,6 +144,10 @@ class Denoise(nn.Module):
         x0 = latents - pick(self.sigmas) * flow.float()
         sigma = pick(self.next_sigmas)
         return x0, (1 - sigma) * x0 + sigma * noise, fresh_k, fresh_v
+
+    def attention(self, *arguments: Any) -> Tensor:
+        """`onnx_ops.window_attention`; an engine may put its own in this place."""
+        return onnx_ops.window_attention(*arguments)
 
 
 class Condition(nn.Module):

@@ -23,6 +23,7 @@ from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.pipeline import EMBEDDED, Pipeline
 
 from .bundle import DTYPES
+from .cuda import CudaEngine
 from .graphs import Condition, Decode, Denoise, Graph, backbone_graphs, decode_graphs, text_graph
 from .models.backbone import BackboneConfig, CausalWanModel
 from .models.schedule import TRAINING_STEPS, Schedule
@@ -91,7 +92,8 @@ def engine_of(manifest: Manifest, device: torch.device) -> TorchEngine:
     encoder = _text(manifest, config_of(_graph(manifest, "text_encoder"), "text_encoder"))
     fill("text_encoder", text_graph(encoder, manifest.geometry.text_len).module)
     times = (denoise.e, denoise.e0)
-    return TorchEngine(backbone, manifest.geometry, schedule, decoder, encoder.to(device), device, times)
+    kind = TorchEngine if device.type == "cpu" else CudaEngine
+    return kind(backbone, manifest.geometry, schedule, decoder, encoder.to(device), device, times)
 
 
 def restored_graph(manifest: Manifest, name: str, model: onnx.ModelProto) -> Graph:

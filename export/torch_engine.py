@@ -100,6 +100,11 @@ class TorchEngine:
         signature = self.model.signature(given, context)
         return Prompt(text, array(signature), self.model.cross_kv(context))
 
+    def decode(self, latents: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`StreamingDecoder.decode`, for those that make it faster."""
+        assert self.decoder is not None
+        return self.decoder.decode(latents, caches)
+
     def open(self, batch: int = 1) -> TorchSession:
         """See `Engine.open`."""
         return TorchSession(self, batch)
@@ -218,29 +223,31 @@ class TorchSession:
         first, end = self._sink_rows()
         if self.sink_k is None:
             self.sink_k = self.cache_k[:, :, first:end].clone()
-        self.cache_k[:, :, first:end] = self._rotated(self.sink_k, cos, sin)
+        self._turn(self.sink_k, first, end - first, cos, sin)
 
     def place_memory(self, cos: Float64, sin: Float64) -> None:
         """See `EngineSession.place_memory`."""
-        rows = self.engine.geometry.memory_rows
-        self.cache_k[:, :, :rows] = self._rotated(self.cache_v[:, :, :rows], cos, sin)
+        self._turn(self.cache_v, 0, self.engine.geometry.memory_rows, cos, sin)
 
     @torch.no_grad()
     def decode(self, latents: Float32) -> Frames:
         """See `EngineSession.decode`."""
-        decoder = self.engine.decoder
+        video: Frames = self._video(self.engine.tensor(latents)).cpu().numpy()
+        return video
+
+    def _video(self, x: Tensor) -> Tensor:
+        """The next latents [B,F,C,h,w] as uint8 [B,n,H,W,3] on their device; the VAE's caches go on."""
+        decoder, frames = self.engine.decoder, []
         if decoder is None:
             raise UsageError("this engine was made without a decoder: give it one to get frames")
-        x, frames = self.engine.tensor(latents), []
         if self.vae_caches is None:
             first, self.vae_caches = decoder.decode_first(x[:, :1])
             frames.append(first)
             x = x[:, 1:]
         if x.shape[1]:
-            later, self.vae_caches = decoder.decode(x, self.vae_caches)
+            later, self.vae_caches = self.engine.decode(x, self.vae_caches)
             frames.append(later)
-        video: Frames = torch.cat(frames, 1).cpu().numpy()
-        return video
+        return frames[0] if len(frames) == 1 else torch.cat(frames, 1)
 
     def export_state(self) -> dict[str, NDArray[Any]]:
         """See `EngineSession.export_state`; floats go out as float32, which holds every weight dtype exactly."""
@@ -258,7 +265,8 @@ class TorchSession:
                 f"this state does not fit a cache of shape {tuple(self.cache_k.shape)}: restore it with the same model"
             )
         dtype, tensor = self.cache_k.dtype, self.engine.tensor
-        self.cache_k, self.cache_v = tensor(state["cache_k"]).to(dtype), tensor(state["cache_v"]).to(dtype)
+        self.cache_k.copy_(tensor(state["cache_k"]))  # in place: captured graphs know where they lie
+        self.cache_v.copy_(tensor(state["cache_v"]))
         self.sink_k = tensor(state["sink_k"]).to(dtype) if "sink_k" in state else None
         count = sum(name.startswith("vae_cache_") for name in state)
         vae_dtype = self.engine.decoder.dtype if self.engine.decoder else dtype
@@ -275,12 +283,13 @@ class TorchSession:
         g = self.engine.geometry
         return g.memory_rows, g.memory_rows + g.sink * g.frame_tokens
 
-    def _rotated(self, keys: Tensor, cos: Float64, sin: Float64) -> Tensor:
-        """Keys [...,d] with their time pairs, which come first, rotated in float64."""
+    def _turn(self, source: Tensor, first: int, count: int, cos: Float64, sin: Float64) -> None:
+        """K of rows first.. = rows 0..count of source [L,B,rows,n,d], their time pairs, which come first, rotated."""
         c, s, width = self.engine.tensor(cos), self.engine.tensor(sin), 2 * len(cos)
+        keys = source[:, :, :count]
         even, odd = keys[..., 0:width:2].double(), keys[..., 1:width:2].double()
         turned = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
-        return torch.cat((turned.to(keys.dtype), keys[..., width:]), -1)
+        self.cache_k[:, :, first : first + count] = torch.cat((turned.to(keys.dtype), keys[..., width:]), -1)
 
 
 def array(value: Tensor) -> Float32:

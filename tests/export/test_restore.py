@@ -93,9 +93,9 @@ def test_changed_and_incomplete_bundles(small_bundle: Path, tmp_path: Path) -> N
     dataclasses.replace(manifest, files=measure_files(copy)).save(copy)
     with pytest.raises(BundleError, match=r"condition does not record swift\.weights"):
         open_torch(copy, "cpu")
-    files = {name: entry for name, entry in measure_files(copy).items() if name != "onnx/decode.onnx"}
+    files = {name: entry for name, entry in measure_files(copy).items() if name != "onnx/denoise.onnx"}
     dataclasses.replace(manifest, files=files).save(copy)
-    with pytest.raises(BundleError, match=r"lists no onnx/decode\.onnx"):
+    with pytest.raises(BundleError, match=r"lists no onnx/denoise\.onnx"):
         open_torch(copy, "cpu")
 
 

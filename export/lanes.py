@@ -1,0 +1,62 @@
+"""Streams of a GPU, as the torch engine uses them: ordered work, copies that nobody waits for, captured graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Lane:
+    """A stream of the GPU; on the CPU, which has none, whoever calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """Work inside goes to this stream."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    @property
+    def handle(self) -> int:
+        """CUDA's, for launches."""
+        return int(self.stream.cuda_stream)
+
+    def upload(self, target: Tensor, value: NDArray[Any]) -> None:
+        """Copy into a tensor of this lane without waiting; `value` may change afterwards."""
+        host = torch.from_numpy(np.array(value, order="C"))
+        with self():
+            target.copy_(host if self.stream is None else host.pin_memory(), non_blocking=True)
+
+    def download(self, value: Tensor) -> Tensor:
+        """A copy in (pinned) host memory, there when this returns."""
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.stream is not None)
+        with self():
+            host.copy_(value, non_blocking=True)
+        self.wait()
+        return host
+
+    def wait(self) -> None:
+        """Until all work so far is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as one CUDA graph. It runs thrice before that, which compiles and chooses algorithms."""
+        if self.stream is None:
+            return work
+        with self():
+            for _ in range(3):
+                work()
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay

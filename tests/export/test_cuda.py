@@ -1,0 +1,167 @@
+"""The GPU's engine, rehearsed on the CPU: same buffers, same order of work, same numbers; only graphs and kernels are not.
+
+What a GPU alone can show is in tests/gpu/engine.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swiftvideo.export.cuda import COMPILED, CudaEngine, Options, channels_last, compile_blocks
+from swiftvideo.export.models.backbone import CausalWanModel
+from swiftvideo.export.torch_engine import TorchEngine
+from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
+from swiftvideo.runtime.geometry import PolicySettings
+from swiftvideo.runtime.noise import PhiloxNoise
+from swiftvideo.runtime.rollout import Rollout, Step
+from tests.golden.engines import TOLERANCE, engine_of
+from tests.golden.replay import replay
+from tests.golden.scenario import SCENARIOS, Scenario
+
+from . import small
+
+
+def engines(**options: Any) -> tuple[TorchEngine, CudaEngine]:
+    """The reference and the rehearsed engine over equal weights."""
+    torch.set_num_threads(1)
+    made = []
+    for kind, more in ((TorchEngine, {}), (CudaEngine, {"rehearse": True, **options})):
+        source = small.checkpoint()
+        geometry = source.geometry()
+        made.append(
+            kind(source.backbone, geometry, source.schedule, source.vae, source.text_encoder, "cpu", **more)
+        )
+    return made[0], made[1]  # type: ignore[return-value]
+
+
+def run(
+    engine: TorchEngine, chunks: int, settings: PolicySettings
+) -> tuple[list[Step], list[Any], dict[str, Any]]:
+    """Chunks with a switch in the third, their frames, and the session's state after them."""
+    g = engine.geometry
+    generator = np.random.default_rng(1)
+    embeds = generator.standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
+    prompts = [engine.condition(value) for value in embeds]
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    rollout = Rollout(engine, settings, prompts[0], PhiloxNoise(4, shape))
+    rollout.ask(prompts[1], 2 * g.chunk)
+    steps, frames = [], []
+    for _ in range(chunks):
+        steps.append(rollout.advance())
+        frames.append(rollout.tensors.decode(steps[-1].latents))
+    state = rollout.tensors.export_state()
+    rollout.close()
+    return steps, frames, state
+
+
+@pytest.mark.parametrize("policy", ["swift", "recache"])
+def test_it_computes_what_the_reference_does(policy: Any) -> None:
+    """Switch, recache, placed sink, injected memory, decoded frames, and the state that is saved."""
+    reference, rehearsed = engines()
+    theirs, ours = (run(engine, 6, PolicySettings(policy=policy)) for engine in (reference, rehearsed))
+    assert [step.window for step in ours[0]] == [step.window for step in theirs[0]]
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        np.testing.assert_allclose(a.latents, b.latents, atol=1e-4)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+    assert set(ours[2]) == set(theirs[2]) and "sink_k" in ours[2]
+    for name, value in ours[2].items():
+        np.testing.assert_allclose(value, theirs[2][name], atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem.removeprefix("scn_"))
+def test_recorded_latents(path: Path) -> None:
+    scenario = Scenario(path)
+    reference: Any = engine_of(scenario, "torch")
+    schedule = _schedule(scenario)
+    engine = CudaEngine(reference.model, reference.geometry, schedule, device="cpu", rehearse=True)
+    ours = replay(scenario, engine).latents
+    assert np.abs(ours - scenario.data["latents"]).max() <= TOLERANCE
+
+
+def _schedule(scenario: Scenario) -> Any:
+    from swiftvideo.export.models.schedule import Schedule
+
+    return Schedule(scenario.shift, scenario.denoising_steps, scenario.context_noise)
+
+
+def test_a_state_goes_on_in_place() -> None:
+    """Captured graphs know addresses: importing must not move the cache."""
+    _, engine = engines()
+    session = engine.open()
+    address = session.cache_k.data_ptr()
+    state = session.export_state()
+    state["cache_k"] = state["cache_k"] + 2
+    session.import_state(state)
+    assert session.cache_k.data_ptr() == address and float(session.cache_k.min()) == 2
+
+
+def test_sessions_do_not_share_buffers() -> None:
+    _, engine = engines()
+    a, b = engine.open(), engine.open()
+    g = engine.geometry
+    latents = np.ones((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+    a.load(latents)
+    b.load(2 * latents)
+    assert a.current is not None and float(a.current.latents.max()) == 1
+    assert a.module is not b.module and a.module.model is b.module.model
+
+
+def test_refusals() -> None:
+    source = small.checkpoint()
+    geometry = source.geometry()
+    with pytest.raises(EngineUnavailableError, match=r"on 'cpu': it needs a GPU"):
+        CudaEngine(source.backbone, geometry, source.schedule, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineUnavailableError, match="sees no NVIDIA GPU"):
+            CudaEngine(source.backbone, geometry, source.schedule)
+    with pytest.raises(SettingsError, match="graphs without kernels"):
+        Options(kernels=False)
+    _, engine = engines()
+    session = engine.open()
+    with pytest.raises(UsageError, match="nothing was denoised"):
+        session.x0()
+    session.close()
+    session.close()
+    with pytest.raises(ClosedError):
+        session.load(np.zeros((1, 1, 1, 1, 1), np.float32))
+
+
+def test_layouts_do_not_change_the_frames() -> None:
+    plain, changed = small.checkpoint().vae, small.checkpoint().vae
+    channels_last(changed)
+    latents = torch.randn(1, 3, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    made = []
+    with torch.no_grad():
+        for decoder in (plain, changed):
+            _, caches = decoder.decode_first_float(latents[:, :1])
+            made.append(decoder.decode_float(latents, caches)[0])
+    torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_are_traced_once_and_compute_the_same() -> None:
+    """All blocks share one compiled piece per method: thirty layers do not compile thirty times."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    dynamo.reset()
+    torch.manual_seed(0)
+    plain, compiled = (CausalWanModel(small.BACKBONE).eval() for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(compiled, counter)  # type: ignore[arg-type]
+    latents = torch.randn(1, 3, 16, 4, 6)
+    with torch.no_grad():
+        time = plain.time_embed(torch.full((1, 3), 500.0))
+        tables = torch.randn(2, 1, 3, small.BACKBONE.time_pairs)
+        cross = plain.cross_kv(torch.randn(1, small.BACKBONE.text_len, small.BACKBONE.dim))
+        expected, ours = (model(latents, *time, *tables, *cross) for model in (plain, compiled))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == len(COMPILED)
+    dynamo.reset()
