@@ -239,7 +239,8 @@ def _value(
     if node.op_type not in FOLDED or len(node.output) != 1 or any(n and n not in values for n in node.input):
         return None
     feeds = {n: values[n] for n in node.input if n}
-    result = np.asarray(ReferenceEvaluator(node).run(None, feeds)[0])
+    evaluated: Any = ReferenceEvaluator(node).run(None, feeds)
+    result = np.asarray(evaluated[0])
     return result if result.size <= SMALL and result.dtype.kind == "i" else None
 
 

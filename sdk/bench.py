@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError
 
 from .engines import open_pipeline
+from .limits import Gpu, cpu_limits
 from .machine import describe, memory_mib
 from .video import check_output
+from .work import Watched, work_figures
 
 PROMPTS = (
     "a red circle moving right at night",
@@ -26,6 +26,8 @@ PROMPTS = (
 """What is shown, unless the model does not know the words (`prompts_for`)."""
 STAGES = ("denoise", "commit", "decode", "inject", "recache", "rest")
 """Parts of a chunk. commit: the context pass and the copy of its rows; rest: all that no stage claims."""
+CHUNKS, FEWEST = 60, 8
+"""Measured chunks unless told otherwise, and the fewest that --seconds asks for."""
 BETWEEN, SWITCHES = 6, 9
 """Chunks between two measured switches, and how many of these."""
 MEMORY_FROM, MEMORY_TO = 20, 400
@@ -42,36 +44,49 @@ def check_json(path: Path) -> Path:
 
 def measure(
     bundle: Path | None = None,
-    chunks: int = 60,
+    chunks: int | None = None,
     policy: str | None = None,
     engine: str = "auto",
     threads: int | None = None,
     memory_chunks: int = MEMORY_TO,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """All figures, as plain values: milliseconds unless a key says otherwise.
 
-    chunks: measured without a switch, after a warm-up that fills the window. memory_chunks: the later of the two at
-    which memory is read, the first being `MEMORY_FROM`; 0: memory is not measured.
+    chunks: measured without a switch, after a warm-up that fills the window; None: `CHUNKS`. seconds: of video, in the
+    place of `chunks`. memory_chunks: the later of the two at which memory is read, the first being `MEMORY_FROM`; 0:
+    memory is not measured.
 
     Raises:
-        UsageError: memory_chunks is neither 0 nor above `MEMORY_FROM`.
+        UsageError: memory_chunks is neither 0 nor above `MEMORY_FROM`; or both chunks and seconds are given.
         SwiftVideoError: the bundle cannot be opened or run.
     """
     if memory_chunks and memory_chunks <= MEMORY_FROM:
         raise UsageError(f"{memory_chunks} chunks for memory: use 0, or more than {MEMORY_FROM}")
+    if chunks is not None and seconds is not None:
+        raise UsageError("--chunks and --seconds both say how long to measure: give one of them")
     with open_pipeline(bundle, engine, threads) as pipeline:
         geometry, prompts = pipeline.geometry, prompts_for(pipeline)
+        frames = geometry.chunk * geometry.temporal_stride
+        if seconds is not None:
+            chunks = max(FEWEST, math.ceil(seconds * geometry.fps / frames))
+        count = chunks or CHUNKS
+        used = getattr(pipeline.engine, "threads", None)
+        gpu = Gpu.of(pipeline.engine)
         result: dict[str, Any] = {
             **describe(),
+            "gpu": gpu.name if gpu else None,
             "model": pipeline.manifest.model,
             "dtype": pipeline.manifest.dtype,
             "size": [geometry.width, geometry.height],
             "engine": pipeline.engine.name,
-            "threads": getattr(pipeline.engine, "threads", None),
+            "threads": used,
             "policy": policy or pipeline.settings.policy,
-            "chunks": chunks,
-            "frames_a_chunk": geometry.chunk * geometry.temporal_stride,
+            "chunks": count,
+            "frames_a_chunk": frames,
         }
+        watched = Watched(pipeline.engine, gpu)
+        loaded = gpu.memory_mib() if gpu else None
         if memory_chunks:  # first: later work would raise the peak
             result["memory_mib"] = _memory(pipeline, prompts, policy, memory_chunks)
         result["prompt_encode"] = _spread(
@@ -81,8 +96,21 @@ def measure(
         with pipeline.session(prompts[0], 1, policy) as session:
             _run(session, warm_up)
             result["warm_up_chunks"] = warm_up
-            result.update(steady_figures(_run(session, chunks)))
+            watched.take()
+            result.update(steady_figures(_run(session, count)))
+            calls = watched.take()
+            if gpu:  # what runs beside the host is only seen when the host waits for it
+                with watched.waiting():
+                    result["stages"] = steady_figures(_run(session, max(FEWEST, count // 2)))["stages"]
+            watched.take()
             result["switch"] = _switches(session, prompts)
+            recaches = watched.take()
+            if gpu:
+                result["gpu_memory_mib"] = {"weights": loaded, "one_session": gpu.memory_mib()}
+        result["limits"] = gpu.limits(pipeline.manifest.dtype) if gpu else cpu_limits(used)
+        result["work"], result["work_unknown"] = work_figures(
+            pipeline.manifest, result, calls, count, recaches
+        )
     return result
 
 
@@ -114,48 +142,6 @@ def prompts_for(pipeline: Pipeline) -> Sequence[str]:
     except PromptError:
         return [word for word in pipeline.words if word.isalnum()][: len(PROMPTS)]
     return PROMPTS
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the figures of `measure` as a table."""
-    say = functools.partial(console.print, soft_wrap=True)
-    machine, speed = result["machine"], result["frames_per_second"]
-    say(
-        f"{result['model']} {result['size'][0]}x{result['size'][1]} {result['dtype']}, {result['engine']}, "
-        f"{result['threads']} threads, policy {result['policy']}; {machine['cpu']}, {machine['cores']} cores; "
-        f"commit {result['commit'] or 'unknown'}; load average {result['load_average']}"
-    )
-    table = Table(box=None)
-    table.add_column("stage")
-    for name in ("median ms", "p99 ms", "share"):
-        table.add_column(name, justify="right")
-    for stage, row in result["stages"].items():
-        table.add_row(stage, f"{row['median']:.2f}", f"{row['p99']:.2f}", f"{row['share']:.1%}")
-    chunk = result["chunk"]
-    table.add_row(
-        f"chunk of {result['frames_a_chunk']} frames",
-        f"{chunk['median']:.2f}",
-        f"{chunk['p99']:.2f}",
-        "100.0%",
-    )
-    encode = result["prompt_encode"]
-    table.add_row("a new prompt's encoding", f"{encode['median']:.2f}", f"{encode['p99']:.2f}", "once")
-    console.print(table)
-    say(
-        f"{speed['with_decoding']:.1f} frames per second with the VAE, {speed['without_decoding']:.1f} without "
-        f"({result['chunks']} chunks, mean window {result['mean_window']:.1f})"
-    )
-    for mode, row in result["switch"].items():
-        say(
-            f"switch, {mode}: {row['extra']:+.2f} ms over a steady chunk (inject {row['inject']:.2f}, "
-            f"recache {row['recache']:.2f}; {row['count']} switches)"
-        )
-    if "memory_mib" in result:
-        first, last = result["memory_mib"]
-        say(
-            f"peak memory {first['peak']:.1f} MiB after chunk {first['chunk']}, {last['peak']:.1f} MiB after chunk "
-            f"{last['chunk']}; resident {first['resident']:.1f} and {last['resident']:.1f} MiB"
-        )
 
 
 def _run(session: Session, chunks: int) -> list[Timed]:

@@ -301,7 +301,23 @@ def doctor() -> None:
 @app.command()
 def bench(
     bundle: Bundle = None,
-    chunks: Annotated[int, typer.Option("--chunks", min=8, help="Measured chunks without a switch.")] = 60,
+    model: Annotated[
+        str | None, typer.Option("--model", help="With --random: an architecture, such as wan2.1-t2v-1.3b.")
+    ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights for --model: exported, measured, deleted.")
+    ] = False,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels, with --random.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels, with --random.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, fp16 or bf16, with --random; bf16 if absent.")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=8, help="Measured chunks without a switch; 60 if absent.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0, help="Instead of --chunks: so much video.")
+    ] = None,
     policy: PolicyName = None,
     engine: EngineName = "auto",
     threads: Threads = None,
@@ -311,12 +327,15 @@ def bench(
     ] = 400,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
-    """Measure speed per stage, the cost of a switch, and memory."""
-    from .bench import check_json, measure, show
+    """Measure speed per stage, the cost of a switch, work done beside the machine's limits, and memory."""
+    from .bench import check_json, measure
+    from .bench_model import measured_bundle
+    from .bench_table import show
 
     if json_file is not None:
         check_json(json_file)
-    result = measure(bundle, chunks, policy, engine, threads, memory_chunks)
+    with measured_bundle(bundle, model, random, height, width, dtype) as folder:
+        result = measure(folder, chunks, policy, engine, threads, memory_chunks, seconds)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The GPU's engine, rehearsed on the CPU: same buffers, same order of work, same numbers; only graphs and kernels are not.
+"""The engine for GPUs, rehearsed on the CPU: the same buffers, order of work and numbers, without graphs and kernels.
 
 What a GPU alone can show is in tests/gpu/engine.py.
 """

@@ -1,0 +1,112 @@
+"""What the machine reaches at its best: matrix products and copies, beside which an engine's figures stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from swiftvideo.runtime.engines.host import usable_cores
+from swiftvideo.runtime.errors import EngineError
+
+CPU_PROGRAM = """
+import json, sys, time
+import numpy as np
+
+def best(work, repeats=7):
+    took = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - begin)
+    return min(took)
+
+size = 1024
+a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
+out = np.empty_like(a)
+source = np.ones(1 << 25, np.float32)
+target = np.zeros_like(source)
+matmul = best(lambda: np.matmul(a, b, out=out))
+copy = best(lambda: np.copyto(target, source))
+print(json.dumps({"gflop_per_s": 2 * size**3 / matmul / 1e9, "gb_per_s": 2 * source.nbytes / copy / 1e9,
+                  "measured_with": "float32 matmul of 1024 and copy of 128 MiB, numpy " + np.__version__}))
+"""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+MATMUL = 8192
+COPIED = 1 << 32
+
+
+def cpu_limits(threads: int | None = None) -> dict[str, Any]:
+    """GFLOP/s of a float32 matrix product and GB/s, read and written, of a copy on `threads` cores; best of seven.
+
+    In a process of its own, whose BLAS has that many threads; the copy runs on one. Raises EngineError if it fails.
+    """
+    count = threads or usable_cores()
+    environment = os.environ | {name: str(count) for name in THREADS}
+    child = subprocess.run(
+        [sys.executable, "-c", CPU_PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise EngineError(f"measuring this machine's limits failed: {child.stderr.strip()[-400:]}")
+    limits: dict[str, Any] = json.loads(child.stdout)
+    return limits | {"threads": count}
+
+
+class Gpu:
+    """The NVIDIA GPU of a torch engine."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._torch: Any = torch
+        self.device = device
+        self.name: str = torch.cuda.get_device_name(device)
+
+    @classmethod
+    def of(cls, engine: Any) -> Gpu | None:
+        """The GPU that an engine computes on with torch, else None."""
+        device = getattr(engine, "device", None)
+        return cls(device) if getattr(device, "type", None) == "cuda" else None
+
+    def wait(self) -> None:
+        """Until the GPU has done all that it was given."""
+        self._torch.cuda.synchronize(self.device)
+
+    def memory_mib(self) -> dict[str, float]:
+        """`allocated`: tensors now; `peak`: the most so far; `reserved`: what the process holds."""
+        cuda = self._torch.cuda
+        values = {
+            "allocated": cuda.memory_allocated(self.device),
+            "peak": cuda.max_memory_allocated(self.device),
+            "reserved": cuda.memory_reserved(self.device),
+        }
+        return {name: round(value / 2**20, 1) for name, value in values.items()}
+
+    def limits(self, dtype: str) -> dict[str, Any]:
+        """GFLOP/s of a matrix product of a bundle's dtype and GB/s, read and written, of a copy; means of twenty."""
+        torch = self._torch
+        kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+        a, b = (torch.randn(MATMUL, MATMUL, device=self.device).to(kind) for _ in range(2))
+        matmul = self._seconds(lambda: a @ b)
+        source = torch.empty(COPIED, dtype=torch.uint8, device=self.device).random_()
+        target = torch.empty_like(source)
+        copy = self._seconds(lambda: target.copy_(source))
+        return {
+            "gflop_per_s": 2 * MATMUL**3 / matmul / 1e9,
+            "gb_per_s": 2 * COPIED / copy / 1e9,
+            "measured_with": f"{dtype} matmul of {MATMUL} and copy of 4 GiB, torch {torch.__version__}, {self.name}",
+        }
+
+    def _seconds(self, work: Callable[[], object], repeats: int = 20) -> float:
+        for _ in range(3):
+            work()
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        self.wait()
+        return float(start.elapsed_time(end)) / 1000 / repeats
