@@ -106,7 +106,7 @@ class Soak:
 
     def fuzz(self) -> dict[str, Any]:
         """7: hostile messages."""
-        with ServerProcess(self.small, *FREE, "--max-sessions", "64", "--log-level", "ERROR") as server:
+        with ServerProcess(self.small, *FREE, "--max-sessions", "64") as server:
             found = asyncio.run(faults.fuzz(server, self.n(100_000), self.n(10_000)))
         found["ok"] = not found["not_allowed"] and found["alive"] and not found["sessions"] and not found["caches"]
         return found

@@ -58,7 +58,7 @@ def test_sigterm_ends_sessions_between_chunks_and_the_process_with_zero(small_bu
 
 
 def test_hostile_messages_get_a_status_of_their_own_and_hurt_nobody(small_bundle: Path) -> None:
-    with ServerProcess(small_bundle, *FREE, "--max-sessions", "64", "--log-level", "ERROR") as server:
+    with ServerProcess(small_bundle, *FREE, "--max-sessions", "64") as server:
         found = asyncio.run(faults.fuzz(server, 2000, 200))
     assert found["alive"] and found["not_allowed"] == 0, found["examples"]
     assert sum(found["codes"].values()) == 2200 and found["codes"]["INVALID_ARGUMENT"] > 500
