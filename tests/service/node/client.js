@@ -1,0 +1,32 @@
+// A session with a prompt switch, from the .proto alone: node client.js ADDRESS PROTO_FOLDER OUT
+const fs = require("fs");
+const grpc = require("@grpc/grpc-js");
+const loader = require("@grpc/proto-loader");
+
+const [address, protos, out] = process.argv.slice(2);
+const definition = loader.loadSync("swiftvideo/v1/generation.proto", {
+  includeDirs: [protos], longs: Number, enums: String, oneofs: true, defaults: true,
+});
+const { GenerationService } = grpc.loadPackageDefinition(definition).swiftvideo.v1;
+const client = new GenerationService(address, grpc.credentials.createInsecure());
+const call = client.generate();
+const seen = [];
+const file = fs.openSync(out, "w");
+
+call.on("data", (response) => {
+  seen.push(response.message);
+  if (response.message === "chunk") {
+    const chunk = response.chunk;
+    for (const payload of chunk.payloads) fs.writeSync(file, payload);
+    call.write({ credit: { presentedChunk: chunk.index } });
+    if (chunk.index === 1) call.write({ prompt: { id: "second", text: "w9 w10", atChunk: 6 } });
+    if (chunk.index === 7) call.write({ stop: {} });
+  }
+});
+call.on("error", (error) => { console.error(error.message); process.exit(1); });
+call.on("status", (status) => {
+  fs.closeSync(file);
+  console.log(JSON.stringify({ code: status.code, seen }));
+  client.close();
+});
+call.write({ start: { prompt: "w1 w2", seed: 5, credits: 1 } });

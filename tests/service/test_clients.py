@@ -1,0 +1,227 @@
+"""Clients against a real server: Python, sync and async, the command line, and one in another language."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swiftvideo.runtime.errors import ClosedError, SettingsError
+from swiftvideo.sdk import aio, remote
+from swiftvideo.sdk.client import Client
+from swiftvideo.v1 import generation_pb2 as pb
+
+from .harness import CuttingProxy, ServerProcess, reference
+
+ROOT = Path(__file__).parents[2]
+NODE = Path(__file__).parent / "node"
+
+
+def test_frames_are_those_of_the_runtime_and_prompts_take_over(server: ServerProcess, pipeline: Any) -> None:
+    made, modes = [], {}
+    with Client(server.address) as client, client.generate("w1 w2", seed=7) as video:
+        for chunk in video:
+            frames = np.asarray(chunk.frames)
+            assert frames.dtype == np.uint8 and frames.shape[1:] == (chunk.height, chunk.width, 3)
+            made.append(frames.tobytes())
+            if chunk.index == 2:
+                id = video.prompt("w8 w9")
+            if chunk.mode:
+                modes[chunk.prompt_id] = (chunk.mode, chunk.rho)
+            if chunk.index == 9:
+                break
+        assert video.state.applied[id] > 2 and set(modes) == {id} and 0 <= modes[id][1] <= 1
+        assert {"queue", "engine", "encode", "denoise", "decode"} <= set(chunk.timings)
+        prompts = list(video.state.prompts.values())
+    assert made == reference(pipeline, 7, 10, prompts)
+    with pytest.raises(ClosedError):
+        video.prompt("w1")
+
+
+def test_a_prompt_that_cannot_be_read_is_rejected_and_the_video_goes_on(server: ServerProcess) -> None:
+    with Client(server.address) as client, client.generate("w1") as video:
+        id = video.prompt("nonsense")
+        for chunk in video:
+            if video.state.rejected and chunk.index > 3:
+                break
+        assert "does not know 'nonsense'" in video.state.rejected[id]
+
+
+def test_pause_stops_the_making_and_resume_goes_on(server: ServerProcess) -> None:
+    with Client(server.address) as client, Client(server.address) as operator:
+        with client.generate("w1", credits=2) as video:
+            next(video)
+            video.pause()
+            while not operator.sessions()[0].paused:
+                pass
+            at = operator.sessions()[0].chunks
+            for _ in range(3):
+                assert operator.sessions()[0].chunks <= at + 1  # one may have been in the making
+            video.resume()
+            for chunk in video:
+                if chunk.index > at + 3:
+                    break
+
+
+def test_no_more_is_made_than_credits_allow(server: ServerProcess) -> None:
+    with Client(server.address) as client, client.generate("w1", credits=3) as video:
+        first = next(video)
+        assert first.index == 0
+        while client.sessions()[0].credits_left:
+            pass
+        assert client.sessions()[0].chunks == 3
+
+
+def test_jpeg_and_h264_are_what_they_say(server: ServerProcess) -> None:
+    from PIL import Image
+
+    av = pytest.importorskip("av")
+    with Client(server.address) as client:
+        raw = [np.asarray(chunk.frames) for chunk in client.generate("w1", seed=3, chunks=3)]
+        jpeg = list(client.generate("w1", seed=3, chunks=3, encoding="jpeg"))
+        h264 = list(client.generate("w1", seed=3, chunks=3, encoding="h264"))
+    for chunk, frames in zip(jpeg, raw, strict=True):
+        assert len(chunk.payloads) == chunk.frame_count == len(frames)
+        image = np.asarray(Image.open(io.BytesIO(chunk.payloads[0])))
+        assert image.shape == frames[0].shape and np.abs(image.astype(int) - frames[0]).mean() < 40
+        with pytest.raises(SettingsError, match="jpeg"):
+            _ = chunk.frames
+    stream = b"".join(payload for chunk in h264 for payload in chunk.payloads)
+    with av.open(io.BytesIO(stream), format="h264") as container:
+        assert sum(1 for _ in container.decode(video=0)) == sum(map(len, raw))
+
+
+def test_deadlines_are_kept(server: ServerProcess) -> None:
+    with Client(server.address) as client, client.generate("w1", deadline=0.3, linger=0) as video:
+        next(video)
+        video.pause()
+        with pytest.raises(TimeoutError, match="no chunk came within"):
+            for _ in video:
+                pass
+
+
+def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
+    with Client("127.0.0.1:1", timeout=0.5) as client:
+        with pytest.raises(remote.UnavailableError):
+            client.describe()
+        with pytest.raises(remote.UnavailableError), client.generate("w1") as video:
+            next(video)
+
+
+@pytest.mark.parametrize(
+    "fields,text",
+    [({"encoding": "png"}, "encoding is 'png'"), ({"policy": "x"}, "policy is 'x'"), ({"seed": -1}, "start:")],
+)
+def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], text: str) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(SettingsError, match=text):
+        client.generate("w1", **fields)
+
+
+def test_the_sync_client_resumes_after_cuts(server: ServerProcess, pipeline: Any) -> None:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        proxy = CuttingProxy(server.port)
+        address = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(20)
+        made = []
+        with Client(address, timeout=30) as client, client.generate("w1 w2", seed=11) as video:
+            for chunk in video:
+                made.append(bytes(chunk.frames))
+                if chunk.index in (1, 4, 5):
+                    loop.call_soon_threadsafe(proxy.cut)
+                if chunk.index == 9:
+                    break
+        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()
+    assert proxy.cuts >= 3 and made == reference(pipeline, 11, 10, [])
+
+
+def test_the_async_client_does_the_same(server: ServerProcess, pipeline: Any) -> None:
+    async def run() -> tuple[list[bytes], str]:
+        made = []
+        async with aio.Client(server.address) as client:
+            engine = (await client.describe()).engine
+            async with client.generate("w1 w2", seed=4, chunks=5) as video:
+                await video.pause()
+                await video.resume()
+                async for chunk in video:
+                    made.append(bytes(chunk.frames))
+            with pytest.raises(ClosedError):
+                await video.prompt("w1")
+        return made, engine
+
+    made, engine = asyncio.run(run())
+    assert made == reference(pipeline, 4, 5, []) and engine == "onnxruntime"
+
+
+def test_policy_settings_reach_the_runtime(server: ServerProcess) -> None:
+    policy = pb.PolicySettings(kind=pb.POLICY_KIND_RECACHE, window=pb.Window(enabled=False), bridge=pb.Bridge(recent=1))
+    with Client(server.address) as client, client.generate("w1", policy=policy) as video:
+        video.prompt("w5", at_chunk=3)
+        modes = [next(video).mode for _ in range(5)]
+    assert modes == ["", "", "", "full-recache", ""]
+
+
+def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: Path) -> None:
+    out = tmp_path / "x.mp4"
+    command = [sys.executable, "-c", "from swiftvideo.sdk.cli import main; main()", "generate"]
+    command += ["--server", server.address, "--out", str(out), "--seconds", "6s", "--json"]
+    command += ["--prompt", "w1 w2", "--at", "3s", "--prompt", "w3 w4"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["frames"] == 30 and out.stat().st_size > 500
+    assert [switch["prompt"] for switch in report["switches"]] == ["w3 w4"]
+    refused = subprocess.run([*command, "--prompt", "nonsense", "--at", "4s"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "nonsense" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def node_modules(folder: Path) -> Path | None:
+    """Where @grpc/grpc-js is: beside the client, of the whole machine, or freshly installed; None where it cannot be."""
+    if (NODE / "node_modules/@grpc/grpc-js").is_dir():
+        return NODE / "node_modules"
+    npm = shutil.which("npm")
+    if npm is None:
+        return None
+    shutil.copy(NODE / "package.json", folder)
+    command = [npm, "install", "--silent", "--no-audit", "--no-fund"]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return folder / "node_modules"
+
+
+def test_a_client_in_another_language_runs_a_session(server: ServerProcess, pipeline: Any, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    modules = node_modules(tmp_path)
+    if modules is None:
+        pytest.skip("npm cannot install @grpc/grpc-js here")
+    shutil.copy(NODE / "client.js", tmp_path)
+    if modules != tmp_path / "node_modules":
+        (tmp_path / "node_modules").symlink_to(modules)
+    out = tmp_path / "frames.rgb"
+    command = [node, "client.js", server.address, str(ROOT / "protos"), str(out)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["code"] == 0 and report["seen"][0] == "started" and report["seen"][-1] == "ended"
+    assert report["seen"].count("chunk") == 8
+    assert report["seen"][report["seen"].index("promptApplied") + 1] == "chunk"
+    heard = [reference(pipeline, 5, 8, [pb.Prompt(text="w9 w10", at_chunk=6, heard_chunk=n)]) for n in (2, 3)]
+    assert out.read_bytes() in [b"".join(frames) for frames in heard]

@@ -1,0 +1,102 @@
+"""The files of deploy/ say what the server understands; the dashboard asks for metrics that exist."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+import yaml
+
+from swiftvideo.sdk import cli
+
+from .harness import ServerProcess
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+SERVE = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """Options as `swiftvideo serve` reads them; fails where it would not."""
+    with SERVE.make_context("serve", list(arguments)) as context:
+        return dict(context.params)
+
+
+def docker() -> list[tuple[str, str]]:
+    """Instructions of the Dockerfile."""
+    text = re.sub(r"\\\n\s*", " ", (DEPLOY / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
+    found = dict(docker())
+    options = parsed(json.loads(found["ENTRYPOINT"])[2:] + json.loads(found["CMD"]))
+    assert options["host"] == "0.0.0.0" and not options["insecure"]
+    assert options["tokens"] and options["certificate"] and options["key"]
+    assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
+    assert str(options["metrics_port"]) in found["EXPOSE"].split() and str(options["metrics_port"]) in found["HEALTHCHECK"]
+    assert found["VOLUME"] == str(options["snapshots"])
+    instructions = [name for name, _ in docker()]
+    assert instructions.count("FROM") == 2 and instructions.index("USER") > instructions.index("COPY")
+
+
+def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    service = compose["services"]["swiftvideo"]
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    wanted = {Path(part).name for part in json.loads(dict(docker())["CMD"]) if part.startswith("/run/secrets/")}
+    assert set(service["secrets"]) == set(compose["secrets"]) == wanted
+    assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + 1
+    assert service["volumes"][0].split(":")[1] == dict(docker())["VOLUME"]
+    for other in ("prometheus", "grafana"):
+        mounted = compose["services"][other]["volumes"][0].split(":")[0]
+        assert (DEPLOY / mounted).is_file()
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == ["swiftvideo:9464"]
+
+
+def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "swiftvideo.service")
+    service = unit["Service"]
+    command = shlex.split(service["ExecStart"])
+    assert command[1] == "serve"
+    options = parsed(command[2:])
+    assert options["tokens"] and options["certificate"] and options["key"] and not options["insecure"]
+    assert service["KillSignal"] == "SIGTERM" and int(service["TimeoutStopSec"]) > options["grace"] + 1
+    assert str(options["snapshots"]) == f"/var/lib/{service['StateDirectory']}"
+
+
+def test_an_option_that_does_not_exist_is_seen() -> None:
+    with pytest.raises(click.UsageError):
+        parsed(["--no-such-option"])
+
+
+def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it(server: ServerProcess) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=20) as response:
+        text = response.read().decode()
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    served = set()
+    for name, kind in kinds.items():
+        served |= {f"{name}_bucket"} if kind == "histogram" else {name}
+    dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:swiftvideo|process)_\w+", target["expr"])
+    }
+    assert asked and asked <= served, f"not served: {sorted(asked - served)}"
+    ours = {name for name in served if name.startswith("swiftvideo_") and not name.endswith("_created")}
+    unseen = {"swiftvideo_snapshots_total", "swiftvideo_forwards_after_cancel"}
+    assert ours - asked == unseen, f"not on the dashboard: {sorted(ours - asked - unseen)}"
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
