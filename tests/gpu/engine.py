@@ -3,8 +3,8 @@
     swiftvideo export --out wan.bundle --target rtx:sm89
     python -m tests.gpu.engine --bundle wan.bundle --chunks 12 --json engine.json
 
-Without --bundle the embedded model runs; it needs plans too. bfloat16 bundles have no engine to compare with on a CPU, so
-only their speed is told, and whether every frame is finite and moves.
+Without --bundle the embedded model runs; it needs plans too. bfloat16 bundles have no engine to compare with on a CPU,
+so only their speed is told, and whether every frame is finite and moves.
 """
 
 from __future__ import annotations
