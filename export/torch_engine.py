@@ -84,6 +84,11 @@ class TorchEngine:
             times = e[0], e0[0]
         self.times = times[0].to(self.device), times[1].to(self.device)
 
+    @property
+    def threads(self) -> int | None:
+        """Of torch on the CPU; None on a GPU."""
+        return torch.get_num_threads() if self.device.type == "cpu" else None
+
     @torch.no_grad()
     def encode(self, ids: Int64, mask: Int64, text: str) -> Prompt:
         """See `Engine.encode`."""
