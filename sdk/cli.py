@@ -115,7 +115,9 @@ def generate(
             from .server.generating import generate as from_server
 
             if contact_sheet is not None or bundle is not None or threads is not None:
-                raise UsageError("--contact-sheet, --bundle and --threads do not go with --server: leave them out")
+                raise UsageError(
+                    "--contact-sheet, --bundle and --threads do not go with --server: leave them out"
+                )
             from_server(server, token, root, told, out, as_json)
             return
         if contact_sheet is not None:
@@ -201,11 +203,17 @@ def _say(report: Any) -> None:
 
 
 @app.command()
-def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> None:
+def inspect(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle's folder; the embedded model if absent.")
+    ] = None,
+) -> None:
     """Print what is in a bundle."""
+    from swiftvideo.runtime.pipeline import EMBEDDED
+
     from .inspect import show
 
-    show(bundle, Console())
+    show(bundle or EMBEDDED, Console())
 
 
 @app.command()
