@@ -76,7 +76,9 @@ class Client:
 
     async def describe(self) -> pb.DescribeResponse:
         """The model and the server's limits. Raises ServiceError."""
-        response: pb.DescribeResponse = await self._call("Describe", pb.DescribeRequest(), pb.DescribeResponse)
+        response: pb.DescribeResponse = await self._call(
+            "Describe", pb.DescribeRequest(), pb.DescribeResponse
+        )
         return response
 
     async def sessions(self) -> list[pb.SessionInfo]:
@@ -198,7 +200,9 @@ class Video:
         patience = self._client.timeout if self._deadline is None else self._deadline
         waited = time.monotonic() - since
         if self._deadline is not None and waited >= self._deadline:
-            raise DeadlineError(f"no chunk came within {self._deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED) from error
+            raise DeadlineError(
+                f"no chunk came within {self._deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
+            ) from error
         busy = isinstance(error, BusyError) and self.state.started is not None
         if error is not None and not busy and not isinstance(error, UnavailableError):
             raise error

@@ -213,7 +213,9 @@ class Video:
     def _receive(self, since: float) -> RemoteChunk | None:
         """The next chunk of the call, or None at its end."""
         if self._deadline is not None:
-            self._timer = threading.Timer(max(0.0, since + self._deadline - time.monotonic()), self._call.cancel)
+            self._timer = threading.Timer(
+                max(0.0, since + self._deadline - time.monotonic()), self._call.cancel
+            )
             self._timer.daemon = True
             self._timer.start()
         try:
@@ -232,7 +234,9 @@ class Video:
         patience = self._client.timeout if self._deadline is None else self._deadline
         waited = time.monotonic() - since
         if self._deadline is not None and waited >= self._deadline:
-            raise DeadlineError(f"no chunk came within {self._deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED) from error
+            raise DeadlineError(
+                f"no chunk came within {self._deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
+            ) from error
         busy = isinstance(error, BusyError) and self.state.started is not None
         if error is not None and not busy and not isinstance(error, UnavailableError):
             raise error
@@ -245,7 +249,8 @@ class Video:
     def _connect(self) -> None:
         with self._lock:
             self._requests.put(None)  # ends the old call's iterator
-            self._requests = requests = queue.SimpleQueue()
+            requests: queue.SimpleQueue[pb.GenerateRequest | None] = queue.SimpleQueue()
+            self._requests = requests
             self.state.ended = None
             for message in self.state.opening():
                 requests.put(message)
@@ -255,7 +260,9 @@ class Video:
         with self._lock:
             self._check_open()
             self.state.paused = paused
-            message = pb.GenerateRequest(pause=pb.Pause()) if paused else pb.GenerateRequest(resume=pb.Resume())
+            message = (
+                pb.GenerateRequest(pause=pb.Pause()) if paused else pb.GenerateRequest(resume=pb.Resume())
+            )
             self._requests.put(message)
 
     def _check_open(self) -> None:

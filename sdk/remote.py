@@ -1,13 +1,13 @@
 """What both clients share: errors, chunks, and the state that lets a broken call go on. Needs grpcio and protobuf only.
 
-    ServiceError                a call failed (a SwiftVideoError); `code` is the gRPC status
-    ├── RefusedError            the request is wrong (also a ValueError)
-    ├── AuthenticationError     no token, an unknown or expired one, or one for another role
-    ├── BusyError               no room: `retry_after` seconds say when to ask again
-    ├── UnavailableError        no server, or one that shuts down
-    ├── DeadlineError           it took longer than it may (also a TimeoutError)
-    ├── SessionLostError        the session is gone or was ended by others
-    └── ServerError             the server or its engine failed
+ServiceError                a call failed (a SwiftVideoError); `code` is the gRPC status
+├── RefusedError            the request is wrong (also a ValueError)
+├── AuthenticationError     no token, an unknown or expired one, or one for another role
+├── BusyError               no room: `retry_after` seconds say when to ask again
+├── UnavailableError        no server, or one that shuts down
+├── DeadlineError           it took longer than it may (also a TimeoutError)
+├── SessionLostError        the session is gone or was ended by others
+└── ServerError             the server or its engine failed
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-ENCODINGS = {"raw": pb.ENCODING_RAW, "jpeg": pb.ENCODING_JPEG, "h264": pb.ENCODING_H264}
 EncodingName = Literal["raw", "jpeg", "h264"]
+NAMES: dict[int, EncodingName] = {pb.ENCODING_RAW: "raw", pb.ENCODING_JPEG: "jpeg", pb.ENCODING_H264: "h264"}
+ENCODINGS: dict[str, pb.Encoding] = {
+    "raw": pb.ENCODING_RAW,
+    "jpeg": pb.ENCODING_JPEG,
+    "h264": pb.ENCODING_H264,
+}
 KEPT_PROMPTS = 64
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 """Seconds before each reconnect; the last one repeats."""
@@ -278,7 +283,7 @@ class VideoState:
             payloads=chunk.payloads,
             width=geometry.width,
             height=geometry.height,
-            encoding=next(name for name, value in ENCODINGS.items() if value == encoding),  # type: ignore[arg-type]
+            encoding=NAMES[encoding],
             prompt_id=chunk.prompt_id,
             window=chunk.window,
             mode=chunk.mode,
@@ -293,22 +298,30 @@ class VideoState:
 
 
 def start_of(
-    prompt: str, seed: int, credits: int, encoding: str, policy: pb.PolicySettings | str | None, linger: float, chunks: int
+    prompt: str,
+    seed: int,
+    credits: int,
+    encoding: str,
+    policy: pb.PolicySettings | str | None,
+    linger: float,
+    chunks: int,
 ) -> pb.Start:
     """The message that begins a session. Raises SettingsError for values that no server would take."""
     if encoding not in ENCODINGS:
         raise SettingsError(f"encoding is {encoding!r}: use one of {', '.join(ENCODINGS)}")
     if isinstance(policy, str):
-        kinds = {name.removeprefix("POLICY_KIND_").lower(): kind for name, kind in pb.PolicyKind.items() if kind}
+        kinds = {
+            name.removeprefix("POLICY_KIND_").lower(): kind for name, kind in pb.PolicyKind.items() if kind
+        }
         if policy not in kinds:
             raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
-        policy = pb.PolicySettings(kind=kinds[policy])
+        policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
     try:
         return pb.Start(
             prompt=prompt,
             seed=seed,
             credits=credits,
-            encoding=ENCODINGS[encoding],  # type: ignore[index]
+            encoding=ENCODINGS[encoding],
             policy=policy,
             linger_ms=round(linger * 1000),
             chunks=chunks,

@@ -51,7 +51,9 @@ class Admission:
         free = available_memory() if self._on_host else None
         if free is not None and needed + config.memory_reserve > free:
             text = f"a session needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
-            raise self._full("memory", f"{text}, of which {config.memory_reserve / 2**20:.0f} are kept back", count)
+            raise self._full(
+                "memory", f"{text}, of which {config.memory_reserve / 2**20:.0f} are kept back", count
+            )
 
     def _full(self, reason: str, text: str, count: int) -> Refusal:
         """The hint grows with what is running, and is spread so that clients do not come back all at once."""

@@ -104,13 +104,17 @@ class TokenFile:
         if len(words) not in (3, 4) or words[1] not in ROLES:
             raise SettingsError(f"{where}: use NAME {'|'.join(ROLES)} TOKEN [EXPIRES]")
         if len(words[2]) < 16:
-            raise SettingsError(f"{where}: the token has {len(words[2])} characters; use 16 or more random ones")
+            raise SettingsError(
+                f"{where}: the token has {len(words[2])} characters; use 16 or more random ones"
+            )
         expires = None
         if len(words) == 4:
             try:
                 moment = datetime.fromisoformat(words[3])
             except ValueError as error:
-                raise SettingsError(f"{where}: {error}; use a moment such as 2027-01-31T12:00:00+00:00") from error
+                raise SettingsError(
+                    f"{where}: {error}; use a moment such as 2027-01-31T12:00:00+00:00"
+                ) from error
             expires = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         digest = hashlib.sha256(words[2].encode()).digest()
         return _Token(Identity(words[0], words[1] == "operator"), digest, expires)
@@ -180,7 +184,9 @@ class _Certificates:
 
     def __init__(self, config: ServerConfig) -> None:
         assert config.certificate is not None and config.key is not None
-        self._files = [path for path in (config.key, config.certificate, config.client_ca) if path is not None]
+        self._files = [
+            path for path in (config.key, config.certificate, config.client_ca) if path is not None
+        ]
         self._stamps = [_stamp(path) for path in self._files]
         self.current = self._load()
 

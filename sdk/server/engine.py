@@ -197,7 +197,11 @@ class EngineThread:
                 jobs, self._jobs, self._running = list(self._jobs), set(), None
             for job in jobs:
                 job.session.close()
-                job.done(Made(None, EngineError(f"the engine's thread ended with {type(error).__name__}"), 0.0, 0.0))
+                job.done(
+                    Made(
+                        None, EngineError(f"the engine's thread ended with {type(error).__name__}"), 0.0, 0.0
+                    )
+                )
             if self._on_crash is not None:
                 self._on_crash(error)
 

@@ -49,7 +49,14 @@ def generate(
                 written += len(frames)
                 if chunk.mode:
                     shown = chunk.first_frame / geometry.fps
-                    switches.append({"prompt": texts[chunk.prompt_id], "shown": shown, "mode": chunk.mode, "rho": chunk.rho})
+                    switches.append(
+                        {
+                            "prompt": texts[chunk.prompt_id],
+                            "shown": shown,
+                            "mode": chunk.mode,
+                            "rho": chunk.rho,
+                        }
+                    )
         seconds = time.perf_counter() - begin
     report = {
         "video": str(out),

@@ -7,7 +7,18 @@ import logging
 import time
 from typing import Any
 
-_FIELDS = ("session", "client", "code", "reason", "chunks", "seconds", "peer", "address", "metrics", "sessions")
+_FIELDS = (
+    "session",
+    "client",
+    "code",
+    "reason",
+    "chunks",
+    "seconds",
+    "peer",
+    "address",
+    "metrics",
+    "sessions",
+)
 
 
 class JsonFormatter(logging.Formatter):

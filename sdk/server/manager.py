@@ -53,16 +53,16 @@ class SessionManager:
 
     def _register(self) -> None:
         metrics, sessions = self.metrics, self.sessions
-        for state, chosen in (
-            ("attached", lambda s: s.outbox is not None),
-            ("detached", lambda s: s.outbox is None),
-        ):
-            metrics.watch(metrics.sessions, lambda c=chosen: sum(map(c, list(sessions.values()))), state=state)  # type: ignore[misc]
+        metrics.watch(metrics.sessions, lambda: self._count(attached=True), state="attached")
+        metrics.watch(metrics.sessions, lambda: self._count(attached=False), state="detached")
         metrics.watch(metrics.sessions, lambda: len(self._starting), state="starting")
         metrics.watch(metrics.queue, lambda: self.engine.waiting)
         metrics.watch(metrics.credits, lambda: sum(s.credits_left for s in list(sessions.values())))
         metrics.watch(metrics.caches, lambda: len([s for s in list(self._caches) if not s.closed]))
         metrics.watch(metrics.tasks, lambda: len(asyncio.all_tasks(self.loop)))
+
+    def _count(self, attached: bool) -> int:
+        return sum((session.outbox is not None) is attached for session in list(self.sessions.values()))
 
     def _new_engine(self) -> EngineThread:
         return EngineThread(lambda _: self._post(self._crashed))
@@ -112,7 +112,7 @@ class SessionManager:
         if len(message.prompt.encode()) > MAX_TEXT:
             raise invalid(f"the prompt has {len(message.prompt.encode())} bytes: use at most {MAX_TEXT}")
         linger = min(message.linger_ms / 1000, self.config.max_linger)
-        return Terms(client, message.credits, payload.check(message.encoding), linger, message.chunks)
+        return Terms(client, message.credits, payload.checked(message.encoding), linger, message.chunks)
 
     def adopt(
         self, made: Session, id: str, token: str, terms: Terms, next_chunk: int = 0, asked: int = 1
@@ -146,7 +146,9 @@ class SessionManager:
         if len(message.prompts) > 64:
             raise invalid(f"reattach.prompts has {len(message.prompts)} entries: send the last 64")
         wanted = token_hash(message.resume_token)
-        session = next((s for s in self.sessions.values() if secrets.compare_digest(token_hash(s.token), wanted)), None)
+        session = next(
+            (s for s in self.sessions.values() if secrets.compare_digest(token_hash(s.token), wanted)), None
+        )
         if session is None and self.recovery is not None:
             session = await self.recovery.restore(client, message.resume_token)
         if session is None or session.over or session.terms.client != client:
@@ -254,7 +256,9 @@ class SessionManager:
             metrics.stage.labels(stage=stage).observe(seconds)
         metrics.stage.labels(stage="encode").observe(packed.seconds)
         metrics.frames.inc(len(chunk.frames))
-        metrics.fps.set(self.pipeline.geometry.fps * self.admission.period / max(self.admission.chunk_seconds, 1e-9))
+        metrics.fps.set(
+            self.pipeline.geometry.fps * self.admission.period / max(self.admission.chunk_seconds, 1e-9)
+        )
         if first:
             metrics.first_frame.observe(time.monotonic() - session.began)
         if chunk.mode:
@@ -282,10 +286,15 @@ class SessionManager:
     def _check_open(self) -> None:
         if self.draining:
             raise Refusal(
-                grpc.StatusCode.UNAVAILABLE, "this server shuts down: connect again for another one", 1.0, "draining"
+                grpc.StatusCode.UNAVAILABLE,
+                "this server shuts down: connect again for another one",
+                1.0,
+                "draining",
             )
         if self.stuck:
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, "the engine does not answer: try again later", 10.0, "stuck")
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE, "the engine does not answer: try again later", 10.0, "stuck"
+            )
 
     def _crashed(self) -> None:
         """The engine's thread ended; its sessions have been told. Go on with a new one."""

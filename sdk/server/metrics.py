@@ -7,7 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 from prometheus_client.core import GaugeMetricFamily
 
 log = logging.getLogger(__name__)
@@ -38,20 +45,29 @@ class Metrics:
             "swiftvideo_first_frame_seconds", "From start to the first chunk.", buckets=SECONDS, registry=r
         )
         self.switch = Histogram(
-            "swiftvideo_switch_seconds", "From a prompt to the first chunk under it.", buckets=SECONDS, registry=r
+            "swiftvideo_switch_seconds",
+            "From a prompt to the first chunk under it.",
+            buckets=SECONDS,
+            registry=r,
         )
         self.frames = Counter("swiftvideo_frames", "Video frames sent.", registry=r)
         self.fps = Gauge("swiftvideo_fps", "Video frames per second of the engine, lately.", registry=r)
-        self.credits = Gauge("swiftvideo_credits", "Chunks that may be made before clients give credit.", registry=r)
+        self.credits = Gauge(
+            "swiftvideo_credits", "Chunks that may be made before clients give credit.", registry=r
+        )
         self.rejects = Counter("swiftvideo_rejects", "Refused calls.", ["reason"], registry=r)
         self.ended = Counter("swiftvideo_sessions_ended", "Sessions that ended.", ["reason"], registry=r)
         self.switches = Counter("swiftvideo_switches", "Prompts applied.", ["mode"], registry=r)
         self.snapshots = Counter("swiftvideo_snapshots", "Snapshots written.", registry=r)
-        self.engine_crashes = Counter("swiftvideo_engine_crashes", "Times the engine's thread ended.", registry=r)
+        self.engine_crashes = Counter(
+            "swiftvideo_engine_crashes", "Times the engine's thread ended.", registry=r
+        )
         self.tasks = Gauge("swiftvideo_tasks", "Tasks of the event loop.", registry=r)
         self.caches = Gauge("swiftvideo_session_caches", "Memory caches that are alive.", registry=r)
         self.after_cancel = Gauge(
-            "swiftvideo_forwards_after_cancel", "Most runs of the backbone that ended after a cancel.", registry=r
+            "swiftvideo_forwards_after_cancel",
+            "Most runs of the backbone that ended after a cancel.",
+            registry=r,
         )
         threads = Gauge("swiftvideo_threads", "Python threads.", registry=r)
         threads.set_function(threading.active_count)
@@ -84,10 +100,12 @@ class _Gpus:
         self._nvml: Any = None
         try:
             import pynvml
-
+        except ModuleNotFoundError:
+            return
+        try:
             pynvml.nvmlInit()
             self._nvml = pynvml
-        except Exception as error:  # no library, no driver, or no GPU: each is an exception of its own kind
+        except pynvml.NVMLError as error:  # no driver, or no GPU
             log.info("no GPU metrics: %s", error)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:

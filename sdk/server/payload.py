@@ -34,17 +34,22 @@ def encodings() -> list[pb.Encoding]:
     return found
 
 
-def check(encoding: pb.Encoding) -> pb.Encoding:
-    """`encoding`, raw where it is unspecified. Raises SettingsError for one that is unknown or cannot be made here."""
-    if encoding == pb.ENCODING_UNSPECIFIED:
+def checked(number: int) -> pb.Encoding:
+    """The encoding of a number, raw where it is unspecified.
+
+    Raises SettingsError for one that is unknown or cannot be made here.
+    """
+    if number == pb.ENCODING_UNSPECIFIED:
         return pb.ENCODING_RAW
-    if encoding not in pb.Encoding.values():
-        raise SettingsError(f"encoding is {encoding}: use ENCODING_RAW, ENCODING_JPEG or ENCODING_H264")
-    if encoding not in encodings():
+    known = (pb.ENCODING_RAW, pb.ENCODING_JPEG, pb.ENCODING_H264)
+    found = next((encoding for encoding in known if encoding == number), None)
+    if found is None:
+        raise SettingsError(f"encoding is {number}: use ENCODING_RAW, ENCODING_JPEG or ENCODING_H264")
+    if found not in encodings():
         raise SettingsError(
-            f"this server cannot make {pb.Encoding.Name(encoding)}: Describe lists what it can make"
+            f"this server cannot make {pb.Encoding.Name(found)}: Describe lists what it can make"
         )
-    return encoding
+    return found
 
 
 def pack(frames: Frames, encoding: pb.Encoding, fps: int) -> list[bytes]:

@@ -12,8 +12,8 @@ import grpc
 from swiftvideo.runtime import Session
 from swiftvideo.runtime.errors import UsageError
 from swiftvideo.runtime.snapshot import read
-from swiftvideo.v1 import generation_pb2 as pb
 
+from . import payload
 from .session import Kept, Known, ServedSession, Terms, token_hash
 from .status import Refusal
 from .store import LOAD_ERRORS, Store, Stored
@@ -84,15 +84,19 @@ class Recovery:
         manager.admission.check(client, manager._holders(), stored.credits)
         manager._starting.append(client)
         try:
-            made, asked, kept = await manager.read(lambda: self._load(stored), lambda loaded: loaded[0].close())
+            made, asked, kept = await manager.read(
+                lambda: self._load(stored), lambda loaded: loaded[0].close()
+            )
         finally:
             manager._starting.remove(client)
         if stored.id in manager.sessions or manager.draining:
             made.close()
             raise Refusal(
-                grpc.StatusCode.UNAVAILABLE, "another call takes this session up, or the server shuts down", 1.0
+                grpc.StatusCode.UNAVAILABLE,
+                "another call takes this session up, or the server shuts down",
+                1.0,
             )
-        encoding = pb.Encoding.Value(pb.Encoding.Name(stored.encoding))  # type: ignore[arg-type]
+        encoding = payload.checked(stored.encoding)
         terms = Terms(client, stored.credits, encoding, stored.linger, stored.chunks)
         session = manager.adopt(made, stored.id, token, terms, stored.index, asked)
         session.recovered = True
@@ -116,7 +120,8 @@ class Recovery:
         except (UsageError, *LOAD_ERRORS) as error:
             log.warning("a snapshot cannot be used: %s", error, extra={"session": stored.id})
             raise Refusal(
-                grpc.StatusCode.DATA_LOSS, f"the snapshot of this session cannot be used ({error}): start a new one"
+                grpc.StatusCode.DATA_LOSS,
+                f"the snapshot of this session cannot be used ({error}): start a new one",
             ) from error
 
     async def close(self) -> None:

@@ -80,7 +80,7 @@ class GenerationService:
                 if refused.code is grpc.StatusCode.INTERNAL:
                     log.exception("a call failed")
                 self.refused(refused)
-            await context.abort(refused.code, refused.text, trailing_metadata=refused.trailers)
+            return await context.abort(refused.code, refused.text, trailing_metadata=refused.trailers)
 
         return handle
 
@@ -134,7 +134,7 @@ class GenerationService:
                 self._manager.end(session, pb.Ended.REASON_STOPPED, "the client closed its side")
         except grpc.aio.BaseError:
             return  # the call broke; the writer's end detaches the session
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the session's end carries it to the client
             if session.outbox is outbox and not session.over:
                 self._manager.fail(session, error)
 
@@ -148,7 +148,9 @@ class GenerationService:
         elif kind == "credit":
             session.credit(message.credit.presented_chunk)
             if session.complete:
-                manager.end(session, pb.Ended.REASON_COMPLETED, f"all {session.terms.chunks} chunks were presented")
+                manager.end(
+                    session, pb.Ended.REASON_COMPLETED, f"all {session.terms.chunks} chunks were presented"
+                )
         elif kind in ("pause", "resume"):
             session.paused = kind == "pause"
             session.refresh()
@@ -221,12 +223,16 @@ def _kind(message: Any) -> str:
         raise _malformed(message)
     kind = message.WhichOneof("message")
     if kind is None:
-        raise invalid("the message is empty: set one of its fields; perhaps your protocol is newer than this server's")
+        raise invalid(
+            "the message is empty: set one of its fields; perhaps your protocol is newer than this server's"
+        )
     return str(kind)
 
 
 def _malformed(error: DecodeError) -> Refusal:
-    return invalid(f"the bytes are not a message of swiftvideo.v1 ({error}): generate your code from its .proto")
+    return invalid(
+        f"the bytes are not a message of swiftvideo.v1 ({error}): generate your code from its .proto"
+    )
 
 
 def _parser(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:

@@ -75,7 +75,8 @@ class Outbox:
             await self._room.wait()
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Kept:
     """A chunk that was not presented yet, as sent: the message before it (empty for none), and itself."""
 
     index: int
@@ -218,7 +219,9 @@ class ServedSession:
                 "give credit for chunks that you received"
             )
         if index + 1 < self.presented:
-            raise invalid(f"credit for chunk {index} after credit for {self.presented - 1}: it never goes back")
+            raise invalid(
+                f"credit for chunk {index} after credit for {self.presented - 1}: it never goes back"
+            )
         self.present(index + 1)
         self.refresh()
 
@@ -230,7 +233,9 @@ class ServedSession:
             return f"the prompt has {len(prompt.text.encode())} bytes: use at most {MAX_TEXT}"
         known = self.prompts.get(prompt.id)
         if known is not None and known.text != prompt.text:
-            return f"prompt id {prompt.id!r} stands for another text already: give every prompt an id of its own"
+            return (
+                f"prompt id {prompt.id!r} stands for another text already: give every prompt an id of its own"
+            )
         if known is None and len(self.asked_at) >= self.max_pending:
             return f"{len(self.asked_at)} prompts wait for their chunks: wait until some have been applied"
         return None
@@ -264,15 +269,15 @@ class ServedSession:
         begin = time.monotonic()
         try:
             payloads = pack(chunk.frames, self.terms.encoding, self.job.session.geometry.fps)
-        except Exception as error:  # libraries of three codecs, each with exceptions of its own
+        except Exception as error:  # noqa: BLE001 - libraries of three codecs, each with exceptions of its own
             return Packed(Made(None, error, made.queued, made.took), None, "", 0.0)
         seconds = time.monotonic() - begin
         with self.naming:
             name = self.names.get(chunk.prompt_id, "")
         applied = b""
         if chunk.mode:
-            message = pb.PromptApplied(id=name, chunk_index=chunk.index, mode=chunk.mode, rho=chunk.rho)
-            applied = pb.GenerateResponse(prompt_applied=message).SerializeToString()
+            switch = pb.PromptApplied(id=name, chunk_index=chunk.index, mode=chunk.mode, rho=chunk.rho)
+            applied = pb.GenerateResponse(prompt_applied=switch).SerializeToString()
         timings = pb.Timings(
             queue_ms=made.queued * 1000,
             engine_ms=made.took * 1000,
@@ -320,7 +325,9 @@ class ServedSession:
         self.late = self.late + 1 if late > 0 else 0
         if self.late == STREAK:
             text = f"{STREAK} chunks in a row came slower than they play: the server is busy"
-            notice = pb.Notice(kind=pb.Notice.KIND_THROTTLED, text=text, milliseconds=max(1, round(late * 1000)))
+            notice = pb.Notice(
+                kind=pb.Notice.KIND_THROTTLED, text=text, milliseconds=max(1, round(late * 1000))
+            )
             self.send(pb.GenerateResponse(notice=notice))
 
     @property
@@ -333,8 +340,10 @@ class ServedSession:
         if self.over:
             return
         self.over = True
-        refused = isinstance(outcome, Refusal)
-        self.reason = outcome.reason if refused else pb.Ended.Reason.Name(outcome.reason).removeprefix("REASON_").lower()
+        if isinstance(outcome, Refusal):
+            self.reason = outcome.reason
+        else:
+            self.reason = pb.Ended.Reason.Name(outcome.reason).removeprefix("REASON_").lower()
         if self.linger_timer is not None:
             self.linger_timer.cancel()
         if self.outbox is not None:

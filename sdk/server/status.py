@@ -41,7 +41,9 @@ class Refusal(Exception):
     @property
     def trailers(self) -> tuple[tuple[str, str], ...]:
         """Trailing metadata."""
-        return () if self.retry_after is None else ((RETRY_AFTER, str(max(1, round(self.retry_after * 1000)))),)
+        return (
+            () if self.retry_after is None else ((RETRY_AFTER, str(max(1, round(self.retry_after * 1000)))),)
+        )
 
 
 def invalid(text: str) -> Refusal:

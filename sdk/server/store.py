@@ -1,8 +1,8 @@
 """Snapshots of sessions on disk: safetensors for what is large, one JSON file that makes a snapshot valid.
 
-    ID.N.session        the runtime's own snapshot after chunk N - 1
-    ID.N.chunks         chunks that the client had not presented, as they were sent
-    ID.json             everything else, and N; replaced in one step, last
+ID.N.session        the runtime's own snapshot after chunk N - 1
+ID.N.chunks         chunks that the client had not presented, as they were sent
+ID.json             everything else, and N; replaced in one step, last
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class Store:
             plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if plain.get("format") != FORMAT:
                 return None
-            plain["prompts"] = [(str(i), int(n), str(text), int(heard)) for i, n, text, heard in plain["prompts"]]
+            plain["prompts"] = [
+                (str(i), int(n), str(text), int(heard)) for i, n, text, heard in plain["prompts"]
+            ]
             return Stored(**plain)
         except (OSError, ValueError, TypeError, KeyError):
             log.warning("%s is no snapshot and is passed over", path.name)

@@ -38,7 +38,9 @@ def test_one_wheel_serves_python_3_11_and_later(wheel: zipfile.ZipFile) -> None:
 
 def test_every_module_of_the_checkout_is_in_it(wheel: zipfile.ZipFile) -> None:
     expected = {
-        f"swiftvideo/{part}/{path.relative_to(folder)}" for part, folder in FOLDERS.items() for path in folder.rglob("*.py")
+        f"swiftvideo/{part}/{path.relative_to(folder)}"
+        for part, folder in FOLDERS.items()
+        for path in folder.rglob("*.py")
     }
     assert expected and not expected - set(wheel.namelist())
 

@@ -55,16 +55,22 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
     try:
         for _ in range(rounds):
             before = {seed: len(chunks) for seed, chunks in made.items()}
-            while any(len(made[seed]) < before[seed] + 3 * interval for seed in made) and not any(t.done() for t in tasks):
+            while any(len(made[seed]) < before[seed] + 3 * interval for seed in made) and not any(
+                t.done() for t in tasks
+            ):
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(server.kill)
             at_kill = {seed: len(chunks) for seed, chunks in made.items()}
             server.__exit__()
             server = await asyncio.to_thread(ServerProcess, bundle, *arguments, port=server.port)
-            while any(len(made[seed]) < at_kill[seed] + 1 for seed in made) and not any(t.done() for t in tasks):
+            while any(len(made[seed]) < at_kill[seed] + 1 for seed in made) and not any(
+                t.done() for t in tasks
+            ):
                 await asyncio.sleep(0.01)
             restored = [line for line in server.log if '"session restored"' in line]
-            starts = sorted(int(line.partition('"chunks": ')[2].partition("}")[0].partition(",")[0]) for line in restored)
+            starts = sorted(
+                int(line.partition('"chunks": ')[2].partition("}")[0].partition(",")[0]) for line in restored
+            )
             ends = sorted(at_kill.values())
             lost += [max(0, end - begin) for begin, end in zip(starts, ends, strict=False)]
         done.set()
@@ -74,7 +80,8 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
             task.cancel()
         server.__exit__()
     same = [
-        made[seed] == await asyncio.to_thread(reference, pipeline, seed, len(made[seed]), list(prompts[seed].values()))
+        made[seed]
+        == await asyncio.to_thread(reference, pipeline, seed, len(made[seed]), list(prompts[seed].values()))
         for seed in made
     ]
     return {
@@ -115,13 +122,19 @@ def sequence(rng: random.Random, length: int) -> list[pb.GenerateRequest]:
     """Valid messages in any order."""
 
     def text() -> str:
-        return rng.choice(("", "w1", "w2 w3 w4", "nonsense", "w1 " * 200, "\0é☃", " ".join(rng.sample(WORDS, 3))))
+        return rng.choice(
+            ("", "w1", "w2 w3 w4", "nonsense", "w1 " * 200, "\0é☃", " ".join(rng.sample(WORDS, 3)))
+        )
 
     def policy() -> pb.PolicySettings:
         return pb.PolicySettings(
             kind=rng.randrange(7),  # type: ignore[arg-type]
-            bridge=pb.Bridge(recent=rng.choice((0, 1, 2, 99)), tau_low=rng.uniform(-1, 2), decay=rng.uniform(-1, 2)),
-            anchors=pb.Anchors(max=rng.choice((0, 1, 2, 9)), mix=rng.choice((0.3, float("nan"), float("inf")))),
+            bridge=pb.Bridge(
+                recent=rng.choice((0, 1, 2, 99)), tau_low=rng.uniform(-1, 2), decay=rng.uniform(-1, 2)
+            ),
+            anchors=pb.Anchors(
+                max=rng.choice((0, 1, 2, 9)), mix=rng.choice((0.3, float("nan"), float("inf")))
+            ),
             window=pb.Window(min_size=rng.choice((0, 3, 7, 4_000_000_000))),
         )
 
@@ -140,7 +153,9 @@ def sequence(rng: random.Random, length: int) -> list[pb.GenerateRequest]:
     number = rng.choice((0, 1, 2, 5, 1 << 40, (1 << 64) - 1))
     kinds = (
         begin,
-        lambda: pb.GenerateRequest(reattach=pb.Reattach(resume_token=token, next_chunk=number, prompts=[pb.Prompt()])),
+        lambda: pb.GenerateRequest(
+            reattach=pb.Reattach(resume_token=token, next_chunk=number, prompts=[pb.Prompt()])
+        ),
         lambda: prompt(rng.choice(("", "a", "b", "c" * 65)), text(), number),
         lambda: credit(rng.choice((0, 0, 1, number))),
         lambda: pb.GenerateRequest(pause=pb.Pause()),
@@ -152,7 +167,9 @@ def sequence(rng: random.Random, length: int) -> list[pb.GenerateRequest]:
     return [rng.choices(kinds, weights)[0]() for _ in range(length)]
 
 
-async def fuzz(server: ServerProcess, count: int, sequences: int, seed: int = 0, width: int = 16) -> dict[str, Any]:
+async def fuzz(
+    server: ServerProcess, count: int, sequences: int, seed: int = 0, width: int = 16
+) -> dict[str, Any]:
     """Hostile bytes and valid messages in any order; which statuses came, and whether anything hung."""
     codes: Counter[str] = Counter()
     texts: list[str] = []
@@ -213,7 +230,11 @@ async def churn(server: ServerProcess, seconds: float, width: int = 4, samples: 
     async def one() -> None:
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = generate(channel)
-            await call.write(start(seed=rng.randrange(1 << 32), encoding=rng.choice((1, 2, 3)), linger_ms=rng.choice((0, 50))))
+            await call.write(
+                start(
+                    seed=rng.randrange(1 << 32), encoding=rng.choice((1, 2, 3)), linger_ms=rng.choice((0, 50))
+                )
+            )
             try:
                 for number in range(rng.randrange(12)):
                     message = await call.read()
@@ -251,7 +272,9 @@ def growth(taken: list[dict[str, float]]) -> dict[str, Any]:
         return values[len(values) // 2]
 
     names = ("rss", "descriptors", "threads", "tasks", "sessions", "caches")
-    return {f"{name}_growth": median(taken[-quarter:], name) - median(taken[:quarter], name) for name in names}
+    return {
+        f"{name}_growth": median(taken[-quarter:], name) - median(taken[:quarter], name) for name in names
+    }
 
 
 def leaks(report: dict[str, Any]) -> list[str]:

@@ -36,7 +36,9 @@ def export_small(folder: Path, height: int | None = None, width: int | None = No
     from tests.export.small import checkpoint
 
     small = checkpoint()
-    info = dataclasses.replace(small.info, height=height or small.info.height, width=width or small.info.width)
+    info = dataclasses.replace(
+        small.info, height=height or small.info.height, width=width or small.info.width
+    )
     export_bundle(dataclasses.replace(small, info=info), folder)
     return folder
 
@@ -48,7 +50,17 @@ class ServerProcess:
         program = [sys.executable, "-c", "from swiftvideo.sdk.cli import main; main()", "serve"]
         if module:
             program = [sys.executable, "-m", module]
-        command = [*program, "--bundle", str(bundle), "--threads", "1", "--port", str(port), "--metrics-port", "0"]
+        command = [
+            *program,
+            "--bundle",
+            str(bundle),
+            "--threads",
+            "1",
+            "--port",
+            str(port),
+            "--metrics-port",
+            "0",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         for name in ("MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             environment.pop(name, None)
@@ -61,7 +73,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._ready.wait(120) or not self.port:
-            self.kill()
+            self.__exit__()
             raise RuntimeError("the server did not start:\n" + "\n".join(self.log[-20:]))
         self.address = f"127.0.0.1:{self.port}"
 

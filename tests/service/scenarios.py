@@ -72,7 +72,7 @@ async def reading(server: ServerProcess, count: int, chunks: int) -> tuple[list[
         return gaps
 
     gaps = await asyncio.gather(*(one(index) for index in range(count)))
-    return sum(gaps, []), count * chunks / (time.perf_counter() - begin)
+    return [gap for found in gaps for gap in found], count * chunks / (time.perf_counter() - begin)
 
 
 async def stalled(server: ServerProcess, chunks: int, credits: int = 16) -> dict[str, Any]:
@@ -120,7 +120,9 @@ async def overload(server: ServerProcess, capacity: int, chunks: int) -> dict[st
                     return
                 waits.append(time.perf_counter() - begin)
                 codes.add(code.name)
-                hints.extend(int(value) for key, value in await call.trailing_metadata() if key == "retry-after-ms")
+                hints.extend(
+                    int(value) for key, value in await call.trailing_metadata() if key == "retry-after-ms"
+                )
                 await asyncio.sleep(1.0)  # what the hints ask for, at least
 
     strangers = [asyncio.create_task(stranger()) for _ in range(3 * capacity)]
@@ -147,7 +149,11 @@ async def switches(server: ServerProcess, count: int, sessions: int = 8) -> dict
     """Prompts over several sessions, one at a time and in bursts; every message is checked."""
     results = await asyncio.gather(*(_switching(server, count // sessions, seed) for seed in range(sessions)))
     problems = [problem for found, _ in results for problem in found]
-    return {"switches": sum(applied for _, applied in results), "problems": len(problems), "examples": problems[:5]}
+    return {
+        "switches": sum(applied for _, applied in results),
+        "problems": len(problems),
+        "examples": problems[:5],
+    }
 
 
 async def _switching(server: ServerProcess, count: int, seed: int) -> tuple[list[str], int]:
@@ -192,15 +198,21 @@ async def _switching(server: ServerProcess, count: int, seed: int) -> tuple[list
                         sent.append(f"{seed}.{len(sent)}")
                         await call.write(prompt(sent[-1], " ".join(rng.sample(WORDS, 3))))
             elif kind == "prompt_rejected":
-                problems.append(f"{message.prompt_rejected.id} was rejected: {message.prompt_rejected.reason}")
+                problems.append(
+                    f"{message.prompt_rejected.id} was rejected: {message.prompt_rejected.reason}"
+                )
     if not sent == accepted == applied:
-        problems.append(f"sent {len(sent)}, accepted {len(accepted)}, applied {len(applied)}, or another order")
+        problems.append(
+            f"sent {len(sent)}, accepted {len(accepted)}, applied {len(applied)}, or another order"
+        )
     return problems, len(applied)
 
 
 async def cuts(server: ServerProcess, pipeline: Any, count: int, clients: int = 4) -> dict[str, Any]:
     """Connections that break at random moments; every session's bytes against an uninterrupted one's."""
-    cut = await asyncio.gather(*(_cut(server, pipeline, -(-count // clients), seed) for seed in range(clients)))
+    cut = await asyncio.gather(
+        *(_cut(server, pipeline, -(-count // clients), seed) for seed in range(clients))
+    )
     return {
         "cuts": sum(number for number, *_ in cut),
         "reconnects": sum(number for _, number, *_ in cut),
@@ -255,18 +267,17 @@ async def sigterm(server: ServerProcess, sessions: int, grace: float) -> dict[st
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = generate(channel)
             await call.write(start(seed=seed))
-            following = 0
+            following = pixels = 0
             async for message in messages(call):
                 kind = message.WhichOneof("message")
                 if kind == "chunk":
-                    geometry = started.geometry
-                    size = message.chunk.frame_count * geometry.width * geometry.height * 3
+                    size = message.chunk.frame_count * pixels * 3
                     broken += message.chunk.index != following or len(message.chunk.payloads[0]) != size
                     following += 1
                     running.release()
                     await call.write(credit(message.chunk.index))
                 elif kind == "started":
-                    started = message.started
+                    pixels = message.started.geometry.width * message.started.geometry.height
                 elif kind == "ended":
                     reasons.append(pb.Ended.Reason.Name(message.ended.reason))
             broken += await call.code() is not grpc.StatusCode.OK

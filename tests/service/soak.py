@@ -25,6 +25,19 @@ from . import faults, scenarios
 from .harness import ServerProcess, embedded, export_small
 
 FREE = ("--max-load", "0")
+NAMES = (
+    "cancels",
+    "stalled",
+    "overload",
+    "switches",
+    "cuts",
+    "kills",
+    "sigterm",
+    "fuzz",
+    "churn",
+    "planted_leak",
+    "latency",
+)
 
 
 class Soak:
@@ -54,7 +67,9 @@ class Soak:
         """2: a client that stops reading."""
         with ServerProcess(self.wide, *FREE) as server:
             found = asyncio.run(scenarios.stalled(server, self.n(60)))
-        found["ok"] = found["rss_growth"] <= found["credits_bytes"] + faults.MEBIBYTE and found["p99_change"] < 0.05
+        found["ok"] = (
+            found["rss_growth"] <= found["credits_bytes"] + faults.MEBIBYTE and found["p99_change"] < 0.05
+        )
         return found
 
     def overload(self) -> dict[str, Any]:
@@ -88,7 +103,9 @@ class Soak:
         with embedded(self.small) as pipeline:
             rounds = max(1, round(10 * self.scale))
             found = asyncio.run(faults.kills(self.small, self.folder / "snapshots", pipeline, rounds))
-        found["ok"] = not found["sessions_that_differ"] and max(found["chunks_made_again"]) <= found["snapshot_every"]
+        found["ok"] = (
+            not found["sessions_that_differ"] and max(found["chunks_made_again"]) <= found["snapshot_every"]
+        )
         return found
 
     def sigterm(self) -> dict[str, Any]:
@@ -108,7 +125,9 @@ class Soak:
         """7: hostile messages."""
         with ServerProcess(self.small, *FREE, "--max-sessions", "64") as server:
             found = asyncio.run(faults.fuzz(server, self.n(100_000), self.n(10_000)))
-        found["ok"] = not found["not_allowed"] and found["alive"] and not found["sessions"] and not found["caches"]
+        found["ok"] = (
+            not found["not_allowed"] and found["alive"] and not found["sessions"] and not found["caches"]
+        )
         return found
 
     def churn(self, seconds: float | None = None) -> dict[str, Any]:
@@ -139,7 +158,9 @@ class Soak:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="1.0: the counts of docs/service.md")
     parser.add_argument("--only", nargs="*", help="names of scenarios")
@@ -154,8 +175,7 @@ def main() -> int:
         has = (EMBEDDED / "manifest.json").is_file()
         wide = options.wide or (EMBEDDED if has else export_small(folder / "wide", 24, 32))
         soak = Soak(small, wide, options.scale, folder)
-        names = "cancels stalled overload switches cuts kills sigterm fuzz churn planted_leak latency".split()
-        for name in names:
+        for name in NAMES:
             if options.only and name not in options.only:
                 continue
             work: Callable[..., dict[str, Any]] = getattr(soak, name)

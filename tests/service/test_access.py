@@ -80,7 +80,12 @@ def make_pki(folder: Path) -> Pki:
     authority = issue("authority", None)
     root, _ = save("root", authority)
     stranger = issue("stranger", issue("elsewhere", None))
-    return Pki(root, *save("server", issue("server", authority)), *save("client", issue("client", authority)), *save("stranger", stranger))
+    return Pki(
+        root,
+        *save("server", issue("server", authority)),
+        *save("client", issue("client", authority)),
+        *save("stranger", stranger),
+    )
 
 
 def write_tokens(path: Path) -> Path:
@@ -115,7 +120,9 @@ def every_method() -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("path,streaming", every_method())
-@pytest.mark.parametrize("header", [None, "Bearer nobody-knows-this-one", "Basic abc", f"Bearer {EXPIRED}", "Bearer"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer nobody-knows-this-one", "Basic abc", f"Bearer {EXPIRED}", "Bearer"]
+)
 def test_every_call_refuses_without_a_valid_token(
     guarded: ServerProcess, path: str, streaming: bool, header: str | None
 ) -> None:
@@ -161,7 +168,10 @@ def test_a_client_has_no_more_than_its_sessions_and_cannot_take_anothers(guarded
     with Client(guarded.address, CLIENT) as client, Client(guarded.address, OPERATOR) as other:
         with client.generate("w1") as first, client.generate("w1") as second:
             next(first), next(second)
-            with pytest.raises(remote.BusyError, match="ann has 2 sessions") as caught, client.generate("w1") as third:
+            with (
+                pytest.raises(remote.BusyError, match="ann has 2 sessions") as caught,
+                client.generate("w1") as third,
+            ):
                 next(third)
             assert caught.value.retry_after is not None and caught.value.retry_after > 0
             with other.generate("w1") as theirs:
@@ -183,7 +193,11 @@ WRONG_ORDER = [
     ([start("")], "INVALID_ARGUMENT", "empty"),
     ([start("nonsense")], "INVALID_ARGUMENT", "does not know 'nonsense'"),
     ([start("w1", encoding=77)], "INVALID_ARGUMENT", "encoding is 77"),
-    ([start("w1", policy=pb.PolicySettings(bridge=pb.Bridge(decay=2.0)))], "INVALID_ARGUMENT", "bridge.decay is 2.0"),
+    (
+        [start("w1", policy=pb.PolicySettings(bridge=pb.Bridge(decay=2.0)))],
+        "INVALID_ARGUMENT",
+        "bridge.decay is 2.0",
+    ),
     ([start(), prompt("", "w1")], "INVALID_ARGUMENT", "prompt's id"),
     ([pb.GenerateRequest(reattach=pb.Reattach(resume_token="x"))], "NOT_FOUND", "resume token"),
     ([start("w1 " * 30_000)], "RESOURCE_EXHAUSTED", str(MAX_MESSAGE)),
@@ -191,7 +205,9 @@ WRONG_ORDER = [
 ]
 
 
-@pytest.mark.parametrize("messages,code,text", WRONG_ORDER, ids=[f"{item[1]}-{item[2]}" for item in WRONG_ORDER])
+@pytest.mark.parametrize(
+    "messages,code,text", WRONG_ORDER, ids=[f"{item[1]}-{item[2]}" for item in WRONG_ORDER]
+)
 def test_wrong_messages_get_the_right_status_and_a_sentence(
     server: ServerProcess, messages: list[pb.GenerateRequest], code: str, text: str
 ) -> None:
@@ -271,11 +287,22 @@ def test_a_wrong_token_file_says_what_is_wrong(tmp_path: Path, text: str, messag
 def test_mutual_tls_and_a_certificate_that_changes_while_serving(small_bundle: Path, tmp_path: Path) -> None:
     pki, later = make_pki(tmp_path / "a"), make_pki(tmp_path / "b")
     tokens = write_tokens(tmp_path / "tokens")
-    arguments = ("--host", "0.0.0.0", "--tokens", str(tokens), "--certificate", str(pki.certificate), "--key", str(pki.key))
+    arguments = (
+        "--host",
+        "0.0.0.0",
+        "--tokens",
+        str(tokens),
+        "--certificate",
+        str(pki.certificate),
+        "--key",
+        str(pki.key),
+    )
     with ServerProcess(small_bundle, *arguments, "--client-ca", str(pki.root)) as server:
 
         def describe(root: Path, certificate: Path | None, key: Path | None) -> str:
-            with Client(server.address, CLIENT, root=root, certificate=certificate, key=key, timeout=5) as client:
+            with Client(
+                server.address, CLIENT, root=root, certificate=certificate, key=key, timeout=5
+            ) as client:
                 return client.describe().engine
 
         assert describe(pki.root, pki.client, pki.client_key) == "onnxruntime"
@@ -297,7 +324,11 @@ def test_mutual_tls_and_a_certificate_that_changes_while_serving(small_bundle: P
 def test_every_status_has_an_exception() -> None:
     assert set(remote.TABLE) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
     error = remote.error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, None, [("retry-after-ms", "1500")])
-    assert isinstance(error, remote.BusyError) and error.retry_after == 1.5 and "RESOURCE_EXHAUSTED" in str(error)
+    assert (
+        isinstance(error, remote.BusyError)
+        and error.retry_after == 1.5
+        and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def test_reflection_is_off_unless_asked_for(small_bundle: Path, server: ServerProcess) -> None:

@@ -119,7 +119,11 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
 
 @pytest.mark.parametrize(
     "fields,text",
-    [({"encoding": "png"}, "encoding is 'png'"), ({"policy": "x"}, "policy is 'x'"), ({"seed": -1}, "start:")],
+    [
+        ({"encoding": "png"}, "encoding is 'png'"),
+        ({"policy": "x"}, "policy is 'x'"),
+        ({"seed": -1}, "start:"),
+    ],
 )
 def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], text: str) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(SettingsError, match=text):
@@ -168,7 +172,9 @@ def test_the_async_client_does_the_same(server: ServerProcess, pipeline: Any) ->
 
 
 def test_policy_settings_reach_the_runtime(server: ServerProcess) -> None:
-    policy = pb.PolicySettings(kind=pb.POLICY_KIND_RECACHE, window=pb.Window(enabled=False), bridge=pb.Bridge(recent=1))
+    policy = pb.PolicySettings(
+        kind=pb.POLICY_KIND_RECACHE, window=pb.Window(enabled=False), bridge=pb.Bridge(recent=1)
+    )
     with Client(server.address) as client, client.generate("w1", policy=policy) as video:
         video.prompt("w5", at_chunk=3)
         modes = [next(video).mode for _ in range(5)]
@@ -185,12 +191,14 @@ def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: 
     report = json.loads(result.stdout)
     assert report["frames"] == 30 and out.stat().st_size > 500
     assert [switch["prompt"] for switch in report["switches"]] == ["w3 w4"]
-    refused = subprocess.run([*command, "--prompt", "nonsense", "--at", "4s"], capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        [*command, "--prompt", "nonsense", "--at", "4s"], capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 2 and "nonsense" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def node_modules(folder: Path) -> Path | None:
-    """Where @grpc/grpc-js is: beside the client, of the whole machine, or freshly installed; None where it cannot be."""
+    """Where @grpc/grpc-js is: beside the client, or freshly installed; None where it cannot be."""
     if (NODE / "node_modules/@grpc/grpc-js").is_dir():
         return NODE / "node_modules"
     npm = shutil.which("npm")
@@ -205,7 +213,9 @@ def node_modules(folder: Path) -> Path | None:
     return folder / "node_modules"
 
 
-def test_a_client_in_another_language_runs_a_session(server: ServerProcess, pipeline: Any, tmp_path: Path) -> None:
+def test_a_client_in_another_language_runs_a_session(
+    server: ServerProcess, pipeline: Any, tmp_path: Path
+) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")

@@ -41,7 +41,10 @@ def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     assert options["host"] == "0.0.0.0" and not options["insecure"]
     assert options["tokens"] and options["certificate"] and options["key"]
     assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
-    assert str(options["metrics_port"]) in found["EXPOSE"].split() and str(options["metrics_port"]) in found["HEALTHCHECK"]
+    assert (
+        str(options["metrics_port"]) in found["EXPOSE"].split()
+        and str(options["metrics_port"]) in found["HEALTHCHECK"]
+    )
     assert found["VOLUME"] == str(options["snapshots"])
     instructions = [name for name, _ in docker()]
     assert instructions.count("FROM") == 2 and instructions.index("USER") > instructions.index("COPY")
@@ -51,7 +54,9 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     service = compose["services"]["swiftvideo"]
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    wanted = {Path(part).name for part in json.loads(dict(docker())["CMD"]) if part.startswith("/run/secrets/")}
+    wanted = {
+        Path(part).name for part in json.loads(dict(docker())["CMD"]) if part.startswith("/run/secrets/")
+    }
     assert set(service["secrets"]) == set(compose["secrets"]) == wanted
     assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + 1
     assert service["volumes"][0].split(":")[1] == dict(docker())["VOLUME"]

@@ -206,7 +206,10 @@ def test_a_stuck_engine_is_said_to_be_and_recovers(pipeline: Any) -> None:
                     for _ in video:
                         pass
             wait_for(health_pb2.HealthCheckResponse.NOT_SERVING)
-            with pytest.raises(UnavailableError, match="does not answer"), client.generate("w1", linger=0) as refused:
+            with (
+                pytest.raises(UnavailableError, match="does not answer"),
+                client.generate("w1", linger=0) as refused,
+            ):
                 next(refused)
             go.set()
             wait_for(health_pb2.HealthCheckResponse.SERVING)
@@ -227,7 +230,9 @@ def test_late_chunks_are_noticed_once(pipeline: Any) -> None:
     serving(pipeline, ServerConfig(port=0), talk)
 
 
-def test_admission_counts_sessions_the_engines_time_and_memory(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admission_counts_sessions_the_engines_time_and_memory(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ServerConfig(max_sessions=3, max_sessions_per_client=2, tokens=Path("t"))
     admission = Admission(config, pipeline)
     admission.check("a", ["a", "b"], 4)
@@ -300,7 +305,9 @@ def test_an_outbox_gives_what_waits_and_then_the_end() -> None:
         outbox.put(b"late")
         assert await outbox.get() == b"a"
         last = await outbox.get()
-        assert last is not None and pb.GenerateResponse.FromString(last).ended.reason == pb.Ended.REASON_STOPPED
+        assert (
+            last is not None and pb.GenerateResponse.FromString(last).ended.reason == pb.Ended.REASON_STOPPED
+        )
         assert await outbox.get() is None
         refused = Outbox()
         refused.put(b"a")
@@ -311,9 +318,9 @@ def test_an_outbox_gives_what_waits_and_then_the_end() -> None:
 
 
 def test_unknown_encodings_are_refused() -> None:
-    assert payload.check(pb.ENCODING_UNSPECIFIED) == pb.ENCODING_RAW
+    assert payload.checked(pb.ENCODING_UNSPECIFIED) == pb.ENCODING_RAW
     with pytest.raises(SettingsError, match="encoding is 9"):
-        payload.check(9)  # type: ignore[arg-type]
+        payload.checked(9)
 
 
 def test_packing_is_the_same_in_any_thread_and_at_any_time() -> None:
@@ -339,4 +346,8 @@ def test_a_call_is_a_span_where_opentelemetry_is_installed() -> None:
     with tracing.call("Generate", client="ann") as span:
         span.note(session="s", chunks=3)
     (found,) = exporter.get_finished_spans()
-    assert dict(found.attributes or {}) == {"swiftvideo.client": "ann", "swiftvideo.session": "s", "swiftvideo.chunks": 3}
+    assert dict(found.attributes or {}) == {
+        "swiftvideo.client": "ann",
+        "swiftvideo.session": "s",
+        "swiftvideo.chunks": 3,
+    }

@@ -26,13 +26,17 @@ def test_prompts_are_applied_once_in_order_and_at_the_next_chunk(server: ServerP
     assert found == {"switches": 200, "problems": 0, "examples": []}
 
 
-def test_a_session_that_was_cut_has_the_bytes_of_one_that_was_not(server: ServerProcess, pipeline: Any) -> None:
+def test_a_session_that_was_cut_has_the_bytes_of_one_that_was_not(
+    server: ServerProcess, pipeline: Any
+) -> None:
     found = asyncio.run(scenarios.cuts(server, pipeline, 20, clients=2))
     assert found["cuts"] >= 20 and found["reconnects"] >= 10
     assert found["sessions_that_differ"] == 0
 
 
-def test_killed_servers_sessions_go_on_from_their_snapshots(small_bundle: Path, pipeline: Any, tmp_path: Path) -> None:
+def test_killed_servers_sessions_go_on_from_their_snapshots(
+    small_bundle: Path, pipeline: Any, tmp_path: Path
+) -> None:
     found = asyncio.run(faults.kills(small_bundle, tmp_path / "snapshots", pipeline, rounds=1))
     assert found["sessions_that_differ"] == 0
     assert len(found["chunks_made_again"]) == 3 and max(found["chunks_made_again"]) <= found["snapshot_every"]

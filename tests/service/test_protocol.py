@@ -58,4 +58,9 @@ def test_every_message_field_and_value_is_documented() -> None:
 
 def test_the_calls_are_those_that_were_promised() -> None:
     service = pb.DESCRIPTOR.services_by_name["GenerationService"]
-    assert [method.name for method in service.methods] == ["Generate", "Describe", "ListSessions", "StopSession"]
+    assert [method.name for method in service.methods] == [
+        "Generate",
+        "Describe",
+        "ListSessions",
+        "StopSession",
+    ]
