@@ -1,0 +1,129 @@
+"""Work, limits and options of `swiftvideo bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swiftvideo.runtime import Manifest, UsageError, load
+from swiftvideo.runtime.errors import EngineError
+from swiftvideo.sdk import bench, bench_model, limits
+from swiftvideo.sdk.work import Call, Watched, work_figures
+
+pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BETWEEN", 2), ("SWITCHES", 2), ("FEWEST", 2)):
+        monkeypatch.setattr(bench, name, value)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch:cpu"])
+def test_both_engines_do_the_same_counted_work(tiny_bundle: Path, quick: None, engine: str) -> None:
+    pytest.importorskip("torch")
+    made = bench.measure(tiny_bundle, None, "recache", engine, 1, 0, seconds=2.5)
+    g = Manifest.load(tiny_bundle).geometry
+    frames = g.chunk * g.temporal_stride
+    assert (
+        made["chunks"] == -(-2.5 * g.fps // frames) and made["gpu"] is None and made["work_unknown"] is None
+    )
+    work = made["work"]
+    assert set(work) == {"denoise", "commit", "decode", "chunk", "prompt", "recache"}
+    assert work["denoise"]["gflop"] == pytest.approx(g.steps * work["commit"]["gflop"])
+    parts = sum(work[stage]["gflop"] for stage in ("denoise", "commit", "decode"))
+    assert work["chunk"]["gflop"] == pytest.approx(parts)
+    assert work["recache"]["gflop"] == pytest.approx(g.window / g.chunk * work["commit"]["gflop"], rel=1e-6)
+    for row in work.values():
+        assert row["floor_ms"] > 0 and row["gflop_per_s"] == pytest.approx(1000 * row["gflop"] / row["ms"])
+    assert made["limits"]["threads"] == 1 and made["limits"]["gflop_per_s"] > 0 < made["limits"]["gb_per_s"]
+
+
+def test_every_run_is_noted(tiny_bundle: Path) -> None:
+    with load(tiny_bundle, "onnxruntime", 1) as pipeline:
+        g = pipeline.geometry
+        watched = Watched(pipeline.engine)
+        prompts = bench.prompts_for(pipeline)
+        with pipeline.session(prompts[0], policy="recache") as session:
+            next(session)
+            first = watched.take()
+            session.prompt(prompts[1])
+            next(session)
+            second = watched.take()
+    keys = g.chunk * g.frame_tokens
+    forwards = [Call("denoise", g.chunk, keys)] * g.steps + [Call("commit", g.chunk, keys)]
+    assert first == [*forwards, Call("decode_first", 1), Call("decode", g.chunk - 1)]
+    assert [call.stage for call in second] == ["recache", *["denoise"] * g.steps, "commit", "decode"]
+    assert second[0] == Call("recache", g.chunk, keys) and second[1].keys == 2 * keys
+
+
+def test_a_bundle_that_cannot_be_counted(tiny_bundle: Path) -> None:
+    manifest = dataclasses.replace(Manifest.load(tiny_bundle), files={})
+    result: dict[str, Any] = {
+        "limits": {"gflop_per_s": 1.0, "gb_per_s": 1.0},
+        "stages": {name: {"median": 1.0} for name in ("denoise", "commit", "decode")},
+        "chunk": {"median": 1.0},
+    }
+    rows, why = work_figures(manifest, result, [Call("denoise", 3, 10)], 1, [])
+    assert rows is None and why is not None and "lists no onnx/denoise.onnx" in why
+
+
+def test_without_onnx(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "swiftvideo.export.flops", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    rows, why = work_figures(Manifest.load(tiny_bundle), {}, [], 1, [])
+    assert rows is None and why == "counting work needs onnx: pip install 'swiftvideo[export]'"
+
+
+def test_options_that_contradict_each_other(tmp_path: Path) -> None:
+    for arguments, message in (
+        ((None, None, False, 480), "are for --random"),
+        ((None, "wan2.1-t2v-1.3b", False), "belong together"),
+        ((None, None, True), "belong together"),
+        ((tmp_path, "wan2.1-t2v-1.3b", True), "--bundle with --model"),
+    ):
+        with pytest.raises(UsageError, match=message), bench_model.measured_bundle(*arguments):  # type: ignore[arg-type]
+            pass
+    with bench_model.measured_bundle(tmp_path) as folder:
+        assert folder == tmp_path
+    with pytest.raises(UsageError, match="give one of them"):
+        bench.measure(None, 8, seconds=1.0)
+
+
+def test_a_random_model_is_exported_and_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swiftvideo.sdk import exporting
+
+    seen: dict[str, Any] = {}
+
+    def export(checkpoint: object, out: Path, **options: Any) -> None:
+        seen.update(options, out=out)
+        out.mkdir()
+
+    monkeypatch.setattr(exporting, "export", export)
+    with bench_model.measured_bundle(None, "wan2.1-t2v-1.3b", True, 480, 832) as folder:
+        assert folder == seen["out"] and folder.is_dir()
+    assert not seen["out"].exists()
+    assert {k: seen[k] for k in ("random", "height", "width", "dtype")} == {
+        "random": "wan2.1-t2v-1.3b",
+        "height": 480,
+        "width": 832,
+        "dtype": "bf16",
+    }
+
+
+def test_limits_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CPU_PROGRAM", "raise SystemExit('no BLAS')")
+    with pytest.raises(EngineError, match="limits failed: no BLAS"):
+        limits.cpu_limits(1)
+
+
+def test_engines_without_a_gpu_have_none() -> None:
+    class Plain:
+        device = np.dtype(np.float32)
+
+    assert limits.Gpu.of(Plain()) is None and limits.Gpu.of(object()) is None
