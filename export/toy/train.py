@@ -23,8 +23,8 @@ from .network import Network
 from .sampling import TorchPipeline
 
 STAGES = ("encoder", "latents", "vae", "backbone", "checkpoint")
-MINUTES = {"encoder": 8.0, "vae": 60.0, "backbone": 100.0}
-STORIES = 2000
+MINUTES = {"encoder": 8.0, "vae": 55.0, "backbone": 97.0}
+STORIES = 3000
 
 
 def log(text: str) -> None:
