@@ -144,6 +144,25 @@ def test_layouts_do_not_change_the_frames() -> None:
     torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
 
 
+def test_the_decoder_compiles_as_one_graph() -> None:
+    """And gives the same frames, in a stream too."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    decoder = small.checkpoint().vae
+    channels_last(decoder)
+    compiled = torch.compile(decoder.decode, dynamic=False, backend="aot_eager", fullgraph=True)
+    latents = torch.randn(1, 7, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        _, theirs = decoder.decode_first(latents[:, :1])
+        ours = list(theirs)
+        for start in (1, 4):
+            expected, theirs = decoder.decode(latents[:, start : start + 3], theirs)
+            made, ours = compiled(latents[:, start : start + 3], ours)
+            assert int((made.int() - expected.int()).abs().max()) <= 1
+    dynamo.reset()
+
+
 def test_blocks_are_traced_once_and_compute_the_same() -> None:
     """All blocks share one compiled piece per method: thirty layers do not compile thirty times."""
     import torch._dynamo as dynamo
