@@ -250,6 +250,4 @@ def _of_checkpoint(manifest: Manifest, name: str, checkpoint: Checkpoint) -> Gra
         return text_graph(checkpoint.text_encoder.to(dtype), manifest.geometry.text_len)
     if name.startswith("decode"):
         return named(decode_graphs(checkpoint.vae.to(dtype), manifest.geometry), name)
-    return named(
-        backbone_graphs(checkpoint.backbone.to(dtype), manifest.geometry, checkpoint.schedule), name
-    )
+    return named(backbone_graphs(checkpoint.backbone.to(dtype), manifest.geometry, checkpoint.schedule), name)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .engine import Engine, Float32, Prompt
 from .errors import ClosedError, StoppedError, UsageError
 from .geometry import Geometry, PolicySettings
-from .noise import PhiloxNoise, checked_seed
 from .memory import Forward
+from .noise import PhiloxNoise, checked_seed
 from .rollout import Rollout
 from .snapshot import Saved, put, save
 
@@ -81,7 +81,9 @@ class Session:
         """Asked after every run of the backbone; once it says yes, the chunk is given up with StoppedError."""
         self._running = RLock()
         """Held while a chunk is made."""
-        self._rollout = Rollout(engine, settings, self._encoded(prompt), PhiloxNoise(self._seed, shape), observer=self._watch)
+        self._rollout = Rollout(
+            engine, settings, self._encoded(prompt), PhiloxNoise(self._seed, shape), observer=self._watch
+        )
 
     @property
     def geometry(self) -> Geometry:

@@ -68,14 +68,18 @@ class PromptTokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt {text[:40]!r} is no Unicode text ({error}): remove that") from error
+            raise PromptError(
+                f"the prompt {text[:40]!r} is no Unicode text ({error}): remove that"
+            ) from error
         encoding = self._tokenizer.encode(text)
         ids = encoding.ids
         if all(encoding.special_tokens_mask):
             raise PromptError(f"the prompt {text[:40]!r} has no words: say what the video should show")
         unknown = {
             text[a:b]
-            for token, (a, b), special in zip(ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+            for token, (a, b), special in zip(
+                ids, encoding.offsets, encoding.special_tokens_mask, strict=True
+            )
             if token in self._refused and not special  # those that the tokenizer itself adds are fine
         }
         if unknown:

@@ -34,8 +34,10 @@ SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 
 _TRITON = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _INTEGERS = frozenset(
-    ("layer", "batch", "heads", "queries", "rows", "words", "count", "pairs")
-    + ("source_rows", "target_rows", "target_first")
+    (
+        *("layer", "batch", "heads", "queries", "rows", "words", "count", "pairs"),
+        *("source_rows", "target_rows", "target_first"),
+    )
 )
 _INT_POINTERS = frozenset(("segments", "spans", "ranges"))
 _FLOAT_POINTERS = frozenset(("old_signature", "new_signature", "rho", "mix", "cos", "sin"))

@@ -46,8 +46,9 @@ prompts:
         ("1m", 60),
         ("7", 7),
         (0.25, 0.25),
-    ]
-    + [("1h2m3s4ms", 3723.004), (" 3s ", 3)],
+        ("1h2m3s4ms", 3723.004),
+        (" 3s ", 3),
+    ],
 )
 def test_times(text: str | float, seconds: float) -> None:
     assert parse_time(text) == pytest.approx(seconds)
@@ -99,13 +100,13 @@ def test_what_a_file_leaves_out() -> None:
     ],
 )
 def test_errors_name_the_file_the_line_and_the_value(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match="^tale.yaml") as caught:
+    with pytest.raises(UsageError, match=r"^tale\.yaml") as caught:
         parse_story(text, "tale.yaml")
     assert message in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="absent.yaml"):
+    with pytest.raises(UsageError, match=r"absent\.yaml"):
         read_story(tmp_path / "absent.yaml")
 
 

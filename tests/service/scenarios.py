@@ -53,7 +53,9 @@ async def _cancelled(server: ServerProcess, rng: random.Random) -> None:
         call.cancel()
 
 
-async def reading(server: ServerProcess, count: int, chunks: int) -> tuple[list[float], float]:
+async def reading(
+    server: ServerProcess, count: int, chunks: int, text: str = "w1 w2"
+) -> tuple[list[float], float]:
     """Gaps between chunks of `count` sessions that read all they get, and their chunks per second together."""
     begin = time.perf_counter()
 
@@ -61,7 +63,7 @@ async def reading(server: ServerProcess, count: int, chunks: int) -> tuple[list[
         gaps, last = [], None
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = generate(channel, timeout=None)
-            await call.write(start(seed=index, chunks=chunks))
+            await call.write(start(text, seed=index, chunks=chunks))
             async for message in messages(call):
                 if message.WhichOneof("message") == "chunk":
                     now = time.perf_counter()
@@ -75,24 +77,38 @@ async def reading(server: ServerProcess, count: int, chunks: int) -> tuple[list[
     return [gap for found in gaps for gap in found], count * chunks / (time.perf_counter() - begin)
 
 
-async def stalled(server: ServerProcess, chunks: int, credits: int = 16) -> dict[str, Any]:
-    """A client that stops reading beside three that read: the server's memory, and the others' gaps."""
-    await reading(server, 4, max(20, chunks // 4))
-    alone, _ = await reading(server, 3, chunks)
-    before = server.counters()["rss"]
+async def stalled(
+    server: ServerProcess, chunks: int, credits: int = 16, text: str = "w1 w2"
+) -> dict[str, Any]:
+    """A client that stops reading beside three that read: the server's memory, and the others' gaps.
+
+    Its session is there, paused, while the others are measured alone; so what is seen later are its unread chunks.
+    """
+    await reading(server, 3, max(20, chunks // 4), text)
     async with grpc.aio.insecure_channel(server.address) as channel:
         call = generate(channel, timeout=None)
-        await call.write(start(credits=credits))
-        first = [await call.read(), await call.read()]
-        size = sum(map(len, first[1].chunk.payloads)) or 1
-        beside, _ = await reading(server, 3, chunks)
-        after = server.counters()["rss"]
+        await call.write(start(text, credits=credits))
+        size = 0
+        async for message in messages(call):
+            if message.WhichOneof("message") == "chunk":
+                size = sum(map(len, message.chunk.payloads))
+                if message.chunk.index == 1:
+                    await call.write(pb.GenerateRequest(pause=pb.Pause()))
+                    break
+        alone, _ = await reading(server, 3, chunks, text)
+        before = (await asyncio.to_thread(server.counters))["rss"]
+        await call.write(credit(1))
+        await call.write(pb.GenerateRequest(resume=pb.Resume()))
+        beside, _ = await reading(server, 3, chunks, text)
+        found = await asyncio.to_thread(server.metrics)
+        after = found["process_resident_memory_bytes"]
         call.cancel()
     a, b = percentiles(alone), percentiles(beside)
     return {
         "chunk_bytes": size,
         "credits_bytes": size * credits,
         "rss_growth": after - before,
+        "credits_left": found["swiftvideo_credits"],
         "alone": a,
         "beside": b,
         "p99_change": round(b["p99_ms"] / a["p99_ms"] - 1, 4),

@@ -25,6 +25,7 @@ from . import faults, scenarios
 from .harness import ServerProcess, embedded, export_small
 
 FREE = ("--max-load", "0")
+EMBEDDED_PROMPTS = ("a red circle moving right", "a blue square moving up")
 NAMES = (
     "cancels",
     "stalled",
@@ -65,8 +66,9 @@ class Soak:
 
     def stalled(self) -> dict[str, Any]:
         """2: a client that stops reading."""
+        text = EMBEDDED_PROMPTS[0] if self.wide == EMBEDDED else "w1 w2"
         with ServerProcess(self.wide, *FREE) as server:
-            found = asyncio.run(scenarios.stalled(server, self.n(60)))
+            found = asyncio.run(scenarios.stalled(server, self.n(60), text=text))
         found["ok"] = (
             found["rss_growth"] <= found["credits_bytes"] + faults.MEBIBYTE and found["p99_change"] < 0.05
         )
@@ -150,7 +152,7 @@ class Soak:
         """10: what the service adds, on the embedded model where it is there."""
         has = (EMBEDDED / "manifest.json").is_file()
         bundle = EMBEDDED if has else self.small
-        texts = ("a red circle moving right", "a blue square moving up") if has else ("w1 w2", "w5 w6")
+        texts = EMBEDDED_PROMPTS if has else ("w1 w2", "w5 w6")
         with ServerProcess(bundle, *FREE) as server, embedded(bundle) as pipeline:
             found = asyncio.run(scenarios.latency(server, pipeline, self.n(40), *texts))
         return {"model": "embedded" if has else "small", **found, "ok": True}
