@@ -5,6 +5,10 @@ What a GPU alone can show is in tests/gpu/engine.py.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +92,25 @@ def _schedule(scenario: Scenario) -> Any:
     from swiftvideo.export.models.schedule import Schedule
 
     return Schedule(scenario.shift, scenario.denoising_steps, scenario.context_noise)
+
+
+def test_with_its_kernels_in_the_interpreter() -> None:
+    """Six chunks with a bridge by the real kernels, in the order of arguments that the launches have."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.export.rehearse_kernels"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    made = json.loads(child.stdout)
+    assert {*made["errors"]} >= {"chunk 5", "cache_k", "cache_v", "sink_k"}
+    assert max(made["errors"].values()) < 1e-5
+    assert made["launched"]["DynamicWindowAttention"] == 6 * 5 * small.BACKBONE.num_layers
+    assert made["launched"]["SemanticInjection"] == 1 and made["launched"]["PlaceRows"] > 1
 
 
 def test_a_state_goes_on_in_place() -> None:
