@@ -1,0 +1,1 @@
+"""Generated code of the service's protocol, generation.proto; written by `make proto`."""
