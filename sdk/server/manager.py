@@ -351,6 +351,24 @@ class SessionManager:
         self._reader.shutdown(wait=False, cancel_futures=True)
         self._packer.shutdown(wait=ended)
 
+    async def _ask(self, session: ServedSession, message: pb.Prompt) -> None:
+        """Ask once, however many calls bring the prompt, and to the end, also where the call breaks meanwhile."""
+        task = session.asking.get(message.id)
+        first = task is None
+        if task is None:
+            task = asyncio.create_task(self.read(lambda: session.ask(message, self.loop)))
+            session.asking[message.id] = task
+
+            def asked(task: asyncio.Task[None]) -> None:
+                session.asking.pop(message.id, None)
+                if not task.cancelled():
+                    task.exception()  # those who wait have it; nobody may be left
+
+            task.add_done_callback(asked)
+        await asyncio.shield(task)
+        if not first and message.id in session.prompts:
+            session.accept(message.id)
+
     async def prompt(self, session: ServedSession, message: pb.Prompt) -> None:
         """Take a prompt; the client hears whether it was accepted. Raises Refusal or an error of the runtime."""
         reason = session.check_prompt(message)
@@ -360,7 +378,7 @@ class SessionManager:
                 session.accept(message.id)
                 return
             try:
-                await self.read(lambda: session.ask(message, self.loop))
+                await self._ask(session, message)
                 return
             except SwiftVideoError as error:
                 if session.over or not isinstance(error, ValueError):

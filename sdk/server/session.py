@@ -152,6 +152,8 @@ class ServedSession:
     kept: deque[Kept] = field(default_factory=deque)
     prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
     """By the client's id."""
+    asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Prompts that are being read, by id: the old call and the new one may bring the same one at once."""
     applied: int = 0
     """Number of the prompt in force at `delivered`."""
     late: int = 0
