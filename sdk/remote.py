@@ -176,9 +176,11 @@ class VideoState:
         self.presented = -1
         self.paused = False
         self.prompts: dict[str, pb.Prompt] = {}
-        """Recent ones by id, in order, with the chunk at which the server heard them."""
+        """Recent ones by id, in order."""
         self.rejected: dict[str, str] = {}
         """Why prompts were refused, by id."""
+        self.accepted: dict[str, int] = {}
+        """First chunk that was made with the prompt known, by id."""
         self.applied: dict[str, int] = {}
         """Chunk at which prompts took over, by id."""
         self.notices: list[pb.Notice] = []
@@ -196,9 +198,11 @@ class VideoState:
         """The messages that begin a call."""
         if self.started is None:
             return [pb.GenerateRequest(start=self.start)]
-        for prompt in self.prompts.values():
-            if not prompt.heard_chunk:  # it may apply to no chunk that is here already
-                prompt.heard_chunk = self.next_chunk
+        for (
+            name,
+            prompt,
+        ) in self.prompts.items():  # one that nobody heard may apply to no chunk that is here already
+            prompt.heard_chunk = self.accepted.get(name, self.next_chunk)
         reattach = pb.Reattach(
             resume_token=self.started.resume_token,
             next_chunk=self.next_chunk,
@@ -215,7 +219,7 @@ class VideoState:
         self.prompts[prompt.id] = prompt
         while len(self.prompts) > KEPT_PROMPTS:
             oldest = next(iter(self.prompts))
-            for known in (self.prompts, self.rejected, self.applied):
+            for known in (self.prompts, self.rejected, self.accepted, self.applied):
                 known.pop(oldest, None)
         return pb.GenerateRequest(prompt=prompt)
 
@@ -236,8 +240,7 @@ class VideoState:
             self.presented = self.next_chunk - 1
         elif kind == "prompt_accepted":
             accepted = message.prompt_accepted
-            if accepted.id in self.prompts:
-                self.prompts[accepted.id].heard_chunk = accepted.heard_chunk
+            self.accepted[accepted.id] = accepted.heard_chunk
         elif kind == "prompt_applied":
             applied = message.prompt_applied
             self._rho = applied.rho if applied.HasField("rho") else None

@@ -15,7 +15,7 @@ import grpc
 from swiftvideo.sdk import aio
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import METHOD, STOP, WORDS, ServerProcess, credit, generate, prompt, reference, start
+from .harness import METHOD, STOP, WORDS, ServerProcess, credit, generate, heard, prompt, reference, start
 
 MEBIBYTE = 1 << 20
 ALLOWED = {
@@ -45,7 +45,7 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
             async with client.generate("w1 w2", seed, credits=4, linger=60) as video:
                 async for chunk in video:
                     made[seed].append(bytes(chunk.frames))
-                    prompts[seed].update(video.state.prompts)
+                    prompts[seed].update(heard(video.state))
                     if done.is_set():
                         return
                     if rng.random() < 0.2:

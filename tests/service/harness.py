@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from swiftvideo.sdk.remote import VideoState
 from swiftvideo.v1 import generation_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
@@ -247,6 +248,14 @@ def embedded(bundle: Path) -> Iterator[Any]:
 
     with load(bundle, threads=1) as pipeline:
         yield pipeline
+
+
+def heard(state: VideoState) -> dict[str, pb.Prompt]:
+    """Prompts that the server heard, with the chunk; what was not accepted yet is in no chunk that came."""
+    return {
+        id: pb.Prompt(text=state.prompts[id].text, at_chunk=state.prompts[id].at_chunk, heard_chunk=chunk)
+        for id, chunk in state.accepted.items()
+    }
 
 
 def reference(pipeline: Any, seed: int, chunks: int, prompts: list[pb.Prompt]) -> list[bytes]:

@@ -20,6 +20,7 @@ from .harness import (
     ServerProcess,
     credit,
     generate,
+    heard,
     messages,
     percentiles,
     prompt,
@@ -259,7 +260,7 @@ async def _cut(server: ServerProcess, pipeline: Any, count: int, seed: int) -> t
                 made.append(bytes(chunk.frames))
                 if proxy.cuts >= count and len(made) > 10:
                     break
-                prompts.update(video.state.prompts)
+                prompts.update(heard(video.state))
                 if rng.random() < 0.3:  # at once, or ahead, which widens the window before it
                     at = rng.choice((0, chunk.index + rng.randint(1, 9)))
                     await video.prompt(" ".join(rng.sample(WORDS, 3)), at_chunk=at)

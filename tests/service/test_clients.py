@@ -20,7 +20,7 @@ from swiftvideo.sdk import aio, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import CuttingProxy, ServerProcess, reference
+from .harness import CuttingProxy, ServerProcess, heard, reference
 
 ROOT = Path(__file__).parents[2]
 NODE = Path(__file__).parent / "node"
@@ -41,7 +41,7 @@ def test_frames_are_those_of_the_runtime_and_prompts_take_over(server: ServerPro
                 break
         assert video.state.applied[id] > 2 and set(modes) == {id} and 0 <= modes[id][1] <= 1
         assert {"queue", "engine", "encode", "denoise", "decode"} <= set(chunk.timings)
-        prompts = list(video.state.prompts.values())
+        prompts = list(heard(video.state).values())
     assert made == reference(pipeline, 7, 10, prompts)
     with pytest.raises(ClosedError):
         video.prompt("w1")
@@ -233,5 +233,7 @@ def test_a_client_in_another_language_runs_a_session(
     assert report["code"] == 0 and report["seen"][0] == "started" and report["seen"][-1] == "ended"
     assert report["seen"].count("chunk") == 8
     assert report["seen"][report["seen"].index("promptApplied") + 1] == "chunk"
-    heard = [reference(pipeline, 5, 8, [pb.Prompt(text="w9 w10", at_chunk=6, heard_chunk=n)]) for n in (2, 3)]
-    assert out.read_bytes() in [b"".join(frames) for frames in heard]
+    possible = [
+        reference(pipeline, 5, 8, [pb.Prompt(text="w9 w10", at_chunk=6, heard_chunk=n)]) for n in (2, 3)
+    ]
+    assert out.read_bytes() in [b"".join(frames) for frames in possible]
