@@ -240,7 +240,8 @@ class VideoState:
             self.presented = self.next_chunk - 1
         elif kind == "prompt_accepted":
             accepted = message.prompt_accepted
-            self.accepted[accepted.id] = accepted.heard_chunk
+            if accepted.id in self.prompts:  # those that are too old are not repeated
+                self.accepted[accepted.id] = accepted.heard_chunk
         elif kind == "prompt_applied":
             applied = message.prompt_applied
             self._rho = applied.rho if applied.HasField("rho") else None
