@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -172,12 +172,16 @@ class SessionManager:
             await self.prompt(session, prompt)
         if session.over:
             raise Refusal(grpc.StatusCode.ABORTED, "the session ended while it was taken up: start a new one")
-        outbox = self._attach(session, message.next_chunk, resumed=True)
-        for prompt in message.prompts:  # now they are known: this says so
-            await self.prompt(session, prompt)
+        known = [prompt.id for prompt in message.prompts if prompt.id in session.prompts]
+        outbox = self._attach(session, message.next_chunk, True, known)
+        for prompt in message.prompts:
+            if prompt.id not in session.prompts:  # refused: this says so
+                await self.prompt(session, prompt)
         return session, outbox
 
-    def _attach(self, session: ServedSession, next_chunk: int, resumed: bool) -> Outbox:
+    def _attach(
+        self, session: ServedSession, next_chunk: int, resumed: bool, known: Sequence[str] = ()
+    ) -> Outbox:
         outbox = Outbox()
         started = pb.Started(
             session_id=session.id,
@@ -190,6 +194,8 @@ class SessionManager:
             resumed=resumed,
         )
         outbox.put(pb.GenerateResponse(started=started).SerializeToString())
+        for id in known:  # before the chunks that were made with it
+            outbox.put(session.acceptance(id).SerializeToString())
         session.attach(outbox, next_chunk)
         return outbox
 

@@ -259,9 +259,13 @@ class ServedSession:
 
     def accept(self, id: str) -> None:
         """Tell the client that a prompt is known."""
+        self.send(self.acceptance(id))
+
+    def acceptance(self, id: str) -> pb.GenerateResponse:
+        """The message that says so."""
         known = self.prompts[id]
         message = pb.PromptAccepted(id=id, number=known.number, heard_chunk=known.heard)
-        self.send(pb.GenerateResponse(prompt_accepted=message))
+        return pb.GenerateResponse(prompt_accepted=message)
 
     def pack(self, made: Made) -> Packed:
         """A chunk as messages; in the packing thread."""
