@@ -25,4 +25,4 @@ packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 LD_PRELOAD="$("$cc" -print-file-name=libasan.so) $("$cc" -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
     PYTHONPATH="$tree:$packages" SWIFTVIDEO_CORE="$tree" \
-    "$python" -S -m pytest -q --capture=sys -p no:cacheprovider tests/runtime/core
+    "$python" -S -m pytest -q --noconftest --capture=sys -p no:cacheprovider tests/runtime/core
