@@ -179,8 +179,8 @@ class VideoState:
         """Recent ones by id, in order."""
         self.rejected: dict[str, str] = {}
         """Why prompts were refused, by id."""
-        self.accepted: dict[str, int] = {}
-        """First chunk that was made with the prompt known, by id."""
+        self.accepted: dict[str, pb.PromptAccepted] = {}
+        """What the server said of prompts that it knows, by id: their order, and the first chunk made with each."""
         self.applied: dict[str, int] = {}
         """Chunk at which prompts took over, by id."""
         self.notices: list[pb.Notice] = []
@@ -198,20 +198,26 @@ class VideoState:
         """The messages that begin a call."""
         if self.started is None:
             return [pb.GenerateRequest(start=self.start)]
-        for (
-            name,
-            prompt,
-        ) in self.prompts.items():  # one that nobody heard may apply to no chunk that is here already
-            prompt.heard_chunk = self.accepted.get(name, self.next_chunk)
+        for name, prompt in self.prompts.items():  # one that nobody heard may apply to no chunk that is here
+            known = self.accepted.get(name)
+            prompt.heard_chunk = self.next_chunk if known is None else known.heard_chunk
         reattach = pb.Reattach(
             resume_token=self.started.resume_token,
             next_chunk=self.next_chunk,
-            prompts=[self.prompts[name] for name in self.prompts if name not in self.rejected],
+            prompts=[self.prompts[name] for name in self._order() if name not in self.rejected],
         )
-        messages = [pb.GenerateRequest(reattach=reattach)]
-        if self.paused:
-            messages.append(pb.GenerateRequest(pause=pb.Pause()))
-        return messages
+        # said again, because the cut may have taken either message
+        hold = pb.GenerateRequest(pause=pb.Pause()) if self.paused else pb.GenerateRequest(resume=pb.Resume())
+        return [pb.GenerateRequest(reattach=reattach), hold]
+
+    def _order(self) -> list[str]:
+        """Prompts as the server took them, then those that it has not spoken of.
+
+        That is not always the order of asking: one that was refused for want of room, which the client never heard
+        because of a cut, is taken when it comes again, after later ones.
+        """
+        known = sorted(self.accepted, key=lambda name: self.accepted[name].number)
+        return [*known, *(name for name in self.prompts if name not in self.accepted)]
 
     def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
         """A new prompt."""
@@ -241,7 +247,7 @@ class VideoState:
         elif kind == "prompt_accepted":
             accepted = message.prompt_accepted
             if accepted.id in self.prompts:  # those that are too old are not repeated
-                self.accepted[accepted.id] = accepted.heard_chunk
+                self.accepted[accepted.id] = accepted
         elif kind == "prompt_applied":
             applied = message.prompt_applied
             self._rho = applied.rho if applied.HasField("rho") else None

@@ -251,11 +251,38 @@ def embedded(bundle: Path) -> Iterator[Any]:
 
 
 def heard(state: VideoState) -> dict[str, pb.Prompt]:
-    """Prompts that the server heard, with the chunk; what was not accepted yet is in no chunk that came."""
+    """Prompts that the server heard, in its order, with the chunk; no chunk that came was made with any other."""
     return {
-        id: pb.Prompt(text=state.prompts[id].text, at_chunk=state.prompts[id].at_chunk, heard_chunk=chunk)
-        for id, chunk in state.accepted.items()
+        known.id: pb.Prompt(
+            text=state.prompts[known.id].text,
+            at_chunk=state.prompts[known.id].at_chunk,
+            heard_chunk=known.heard_chunk,
+        )
+        for known in sorted(state.accepted.values(), key=lambda known: known.number)
     }
+
+
+class Record:
+    """What a client received of a session: its frames, and the prompts that they were made with."""
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.prompts: dict[str, pb.Prompt] = {}
+        """By id; more than the client remembers."""
+
+    def take(self, video: Any, chunk: Any) -> None:
+        """A chunk has come: the next one. A prompt's acceptance comes before the first chunk made with it, so this
+        belongs right after the receiving, for the last chunk too."""
+        assert chunk.index == len(self.frames)
+        self.frames.append(bytes(chunk.frames))
+        self.prompts.update(heard(video.state))
+
+    def differing(self, pipeline: Any, seed: int) -> list[int]:
+        """Chunks that an uninterrupted session makes otherwise."""
+        prompts = sorted(self.prompts.values(), key=lambda item: item.heard_chunk)
+        expected = reference(pipeline, seed, len(self.frames), prompts)
+        pairs = zip(self.frames, expected, strict=True)
+        return [index for index, (got, wanted) in enumerate(pairs) if got != wanted]
 
 
 def reference(pipeline: Any, seed: int, chunks: int, prompts: list[pb.Prompt]) -> list[bytes]:
