@@ -27,7 +27,7 @@ $(VENV)/.core: $(BUILD_INPUTS)
 # What developers and tests need besides. torch comes first and alone, so that the version that is asked for is kept.
 $(VENV)/.dev: $(VENV)/.core Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,export,serve,telemetry]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,export,serve,telemetry,tensorrt-rtx]"
 	@touch $@
 
 demo: $(VENV)/.core
