@@ -34,7 +34,7 @@ demo: $(VENV)/.core
 	@mkdir -p out
 	$(BIN)/swiftvideo generate --seed 7 --seconds 12 \
 		--prompt "a red circle moving right at night" \
-		--at 4s --prompt "a yellow square moving up in the fog" \
+		--at 4s --prompt "a yellow square moving right at night" \
 		--at 8s --prompt "a blue triangle bouncing at dawn" \
 		--out out/demo.mp4 --contact-sheet out/demo.png
 
