@@ -123,11 +123,14 @@ def test_recorded_weights_are_the_checkpoints(small_bundle: Path, name: str) -> 
         restore(
             fresh.module, model, name, lambda file: memoryview((small_bundle / "onnx" / file).read_bytes())
         )
+        computed = dict(fresh.module.named_buffers())
         for parameter, value in fresh.module.state_dict().items():
-            if parameter in recorded:
+            if parameter in recorded and parameter in computed:  # with as many threads as there were: may round otherwise
+                torch.testing.assert_close(value, expected[parameter], rtol=0, atol=1e-6)
+            elif parameter in recorded:
                 assert torch.equal(value, expected[parameter]), parameter
             else:
-                assert parameter in dict(fresh.module.named_buffers()) or value.isnan().all(), parameter
+                assert parameter in computed or value.isnan().all(), parameter
     finally:  # the module is the checkpoint's
         graph.module.load_state_dict(expected, assign=True)
 
