@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from swiftvideo.runtime.engines.cuda import find_gpus
 from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure
 from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
-from swiftvideo.runtime.plugins.kernel import OPS, Kernel
+from swiftvideo.runtime.plugins.kernel import OPS, ROW_OPS, Kernel
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
 from swiftvideo.runtime.plugins.tensorrt import PLUGINS
 
@@ -50,7 +49,7 @@ class Built:
     size: int
     """Bytes of the plan."""
     peak: int
-    """Bytes of memory, the most that any child so far had resident."""
+    """Bytes of memory, the most that its child had resident."""
 
 
 def build_plans(
@@ -63,7 +62,8 @@ def build_plans(
 ) -> list[Built]:
     """Build plans for a target and add them, with their kernels and layer reports, to the bundle.
 
-    target: h100, h200, or rtx:smNN with 80, 86, 89 or 120. plugins: False leaves our two ops as standard layers.
+    target: h100, h200, or rtx:smNN with 80, 86, 89 or 120. plugins: False leaves our two ops as standard layers; the
+    kernels that move cache rows are the engine's own and come in either case.
     graphs: names; all of the bundle's by default. An earlier plan of the same graph, target and kind is replaced.
 
     Raises:
@@ -88,12 +88,12 @@ def build_plans(
     _verify(manifest, names)
     work = Path(tempfile.mkdtemp(prefix=".plans-", dir=manifest.folder))
     try:
-        kernels = _kernels(manifest, wanted) if plugins else {}
+        kernels = _kernels(manifest, wanted, OPS if plugins else ROW_OPS)
         for kernel in kernels.values():
             for name, content in kernel.files().items():
                 (work / name).parent.mkdir(exist_ok=True)
                 (work / name).write_bytes(content)
-        built = [_build(manifest, wanted, graph, kernels, work, progress) for graph in names]
+        built = [_build(manifest, wanted, graph, plugins, kernels, work, progress) for graph in names]
         _add(manifest, work, built)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -121,11 +121,11 @@ def _verify(manifest: Manifest, graphs: list[str]) -> None:
     dataclasses.replace(manifest, files={name: manifest.files[name] for name in weights}).verify_all()
 
 
-def _kernels(manifest: Manifest, target: Target) -> dict[str, Kernel]:
+def _kernels(manifest: Manifest, target: Target, ops: Iterable[str]) -> dict[str, Kernel]:
     from .kernels.compiler import compile_kernel
 
     head = manifest.geometry.head_dim
-    return {op: compile_kernel(op, target.capability, manifest.dtype, head).kernel for op in OPS}
+    return {op: compile_kernel(op, target.capability, manifest.dtype, head).kernel for op in ops}
 
 
 def sizes(manifest: Manifest, graph: str) -> dict[str, tuple[int, int, int]]:
@@ -152,13 +152,14 @@ def _build(
     manifest: Manifest,
     target: Target,
     graph: str,
+    plugins: bool,
     kernels: dict[str, Kernel],
     work: Path,
     progress: Progress | None,
 ) -> Built:
     assert manifest.folder is not None
     began = time.monotonic()
-    stem = plan_stem(manifest, target, graph, bool(kernels))
+    stem = plan_stem(manifest, target, graph, plugins)
     folder = work / target.folder
     folder.mkdir(parents=True, exist_ok=True)
     plan, log, result_file = folder / f"{stem}.plan", work / f"{graph}.log", work / f"{graph}.result.json"
@@ -169,7 +170,7 @@ def _build(
         "plan": str(plan),
         "log": str(log),
         "result": str(result_file),
-        "kernels": str(work / "kernels") if kernels else None,
+        "kernels": str(work / "kernels") if plugins else None,
         "sizes": sizes(manifest, graph),
         "timing_cache": _timing_cache(target),
     }
@@ -178,7 +179,7 @@ def _build(
     result: dict[str, Any] = json.loads(result_file.read_text()) if result_file.is_file() else {}
     if code or "error" in result or not plan.is_file():
         raise _failure(graph, target, code, result, log)
-    found = _plugin_layers(graph, result, bool(kernels))
+    found = _plugin_layers(graph, result, plugins)
     layers = folder / f"{stem}.layers.json"
     layers.write_text(
         json.dumps({"bindings": result["bindings"], "layers": result["layers"]}, indent=1) + "\n"
@@ -194,10 +195,9 @@ def _build(
         layers=layers.relative_to(work).as_posix(),
         source=graph_source(manifest, graph),
         plugins={op: kernels[op].spec.sha256 for op in PLUGINS if op in found},
-        functions=not kernels,
+        functions=not plugins,
     )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return Built(info, time.monotonic() - began, plan.stat().st_size, peak)
+    return Built(info, time.monotonic() - began, plan.stat().st_size, result["peak"])
 
 
 def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str]:

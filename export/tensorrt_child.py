@@ -39,7 +39,7 @@ def main() -> None:
     """Build the plan that the job file describes."""
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
-        result = build(job)
+        result = {**build(job), "peak": _peak()}
     except Exception as error:  # noqa: BLE001  # whatever it is, the parent reports it
         layer = error.layer if isinstance(error, BuildFailure) else ""
         result = {"error": f"{type(error).__name__}: {error}", "layer": layer}
@@ -81,6 +81,14 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             "nodes": nodes,
             "version": trt.__version__,
         }
+
+
+def _peak() -> int:
+    """Bytes that this process had resident at most. getrusage would count what was there before it was executed."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise BuildFailure("/proc/self/status has no VmHWM: plans are built on Linux")
 
 
 def read_kernels(folder: Path) -> dict[str, Kernel]:

@@ -21,7 +21,9 @@ ATTENTION = "DynamicWindowAttention"
 INJECTION = "SemanticInjection"
 COMMIT = "CommitRows"
 PLACE = "PlaceRows"
-OPS = (ATTENTION, INJECTION, COMMIT, PLACE)
+ROW_OPS = (COMMIT, PLACE)
+"""Those that the engine launches itself, whatever is in the plans."""
+OPS = (ATTENTION, INJECTION, *ROW_OPS)
 
 DTYPES = ("fp32", "fp16", "bf16")
 KINDS = ("ptr", "i32", "f32")

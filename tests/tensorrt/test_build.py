@@ -25,8 +25,9 @@ from swiftvideo.runtime.errors import (
 )
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
-from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, read_kernel
+from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, ROW_OPS, read_kernel
 from swiftvideo.runtime.plugins.plans import choose_plans, plans_of
+from swiftvideo.sdk import plans as sdk_plans
 from swiftvideo.sdk.inspect import show
 
 from .driver import FakeDriver
@@ -78,8 +79,8 @@ def test_all_graphs_of_the_embedded_model(
     if plugins:
         assert our_nodes(bundle, "denoise") == [(ATTENTION, i) for i in range(g.layers)]
         assert our_nodes(bundle, "inject") == [(INJECTION, 0)]
-        for op in OPS:
-            assert read_kernel(manifest, op, built[0].info.capability).spec.dtype == manifest.dtype
+    for op in OPS if plugins else ROW_OPS:  # without those of cache rows no engine could run the plans
+        assert read_kernel(manifest, op, built[0].info.capability).spec.dtype == manifest.dtype
     chosen = choose_plans(manifest, RTX.name, built[0].info.version, built[0].info.capability)
     assert set(chosen) == set(GRAPHS)
 
@@ -104,6 +105,19 @@ def test_inspect_shows_plugins_precisions_and_bindings(small: Path) -> None:
     assert "swift.SemanticInjection.0." in text
     assert "tensorrt_rtx" in text and "compute capability 89" in text
     assert "cache_v FLOAT[2, -1, -1, 2, 24]" in text and "Float: 1" in text
+
+
+def test_numbered_bindings_are_shown_in_short() -> None:
+    caches = [{"name": f"vae_cache_{i}", "dtype": "BF16", "shape": [1, i]} for i in range(12)]
+    text = sdk_plans._bindings([{"name": "latents", "dtype": "FLOAT", "shape": [-1, 3]}, *caches])
+    assert text == "latents FLOAT[-1, 3]  vae_cache_0 to 11"
+
+
+def test_each_plan_has_the_peak_memory_of_its_own_build(small: Path) -> None:
+    ballast = bytearray(1 << 30)  # of this process, which starts the child
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    (built,) = build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert 50 << 20 < built.peak < 700 << 20
 
 
 def test_progress_is_told(small: Path) -> None:
