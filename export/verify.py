@@ -24,7 +24,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from swiftvideo.runtime.errors import BundleError, EngineUnavailableError, SettingsError
+from swiftvideo.runtime.errors import BundleError, BundleMissingError, EngineUnavailableError, SettingsError
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
 
 from . import verify_inputs
@@ -32,7 +32,6 @@ from .bundle import DTYPES
 from .checkpoint import Checkpoint
 from .graphs import Graph, backbone_graphs, decode_graphs, text_graph
 from .restore import named, restored_graph
-from .weights import data_files
 
 RELATIVE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 """Largest allowed difference over the reference's largest value, by the bundle's dtype."""
@@ -53,10 +52,12 @@ class Runner(Protocol):
 class OnnxRuntimeRunner:
     """ONNX Runtime on the CPU."""
 
-    def __init__(self, manifest: Manifest, threads: int | None) -> None:
+    def __init__(self, manifest: Manifest, graphs: Sequence[str], threads: int | None) -> None:
         from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-        self._engine = OnnxRuntimeEngine(manifest, threads)
+        others = {f"onnx/{graph}.onnx" for graph in GRAPHS if graph not in graphs}
+        files = {name: entry for name, entry in manifest.files.items() if name not in others}
+        self._engine = OnnxRuntimeEngine(dataclasses.replace(manifest, files=files), threads)
 
     def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """See `Runner.run`."""
@@ -68,8 +69,32 @@ class OnnxRuntimeRunner:
         self._engine.close()
 
 
-ENGINES: dict[str, Callable[[Manifest, int | None], Runner]] = {"onnxruntime": OnnxRuntimeRunner}
-"""How an engine opens the graphs that a manifest lists (none: just to see whether it can run here).
+class TensorRTRunner:
+    """The bundle's plans on the first GPU."""
+
+    def __init__(self, manifest: Manifest, graphs: Sequence[str], threads: int | None) -> None:
+        from swiftvideo.runtime.engines.tensorrt import TensorRTEngine
+
+        try:
+            self._engine = TensorRTEngine(manifest, graphs=graphs)
+        except BundleMissingError as error:
+            raise EngineUnavailableError(str(error)) from error
+
+    def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Runner.run`."""
+        arrays = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in feeds.items()}
+        tensors = map(torch.from_numpy, self._engine.run(graph, outputs, arrays))
+        wide = [self._engine.dtype_of(graph, name) == "bf16" for name in outputs]
+        return [value.bfloat16() if w else value for value, w in zip(tensors, wide, strict=True)]
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._engine.close()
+
+
+Opening = Callable[[Manifest, Sequence[str], int | None], Runner]
+ENGINES: dict[str, Opening] = {"onnxruntime": OnnxRuntimeRunner, "tensorrt": TensorRTRunner}
+"""How an engine opens some of a bundle's graphs (none: just to see whether it can run here), with so many threads.
 
 Raises EngineUnavailableError where it cannot.
 """
@@ -146,7 +171,7 @@ def verify_bundle(
     report = Report(str(folder), weights)
     for engine, opening in ENGINES.items():
         try:
-            opening(dataclasses.replace(manifest, files={}), threads).close()
+            opening(manifest, (), threads).close()
         except EngineUnavailableError as error:
             report.unavailable[engine] = str(error)
     usable = {engine: opening for engine, opening in ENGINES.items() if engine not in report.unavailable}
@@ -178,7 +203,7 @@ def _verify_graph(
     manifest: Manifest,
     name: str,
     checkpoint: Checkpoint | None,
-    engines: Mapping[str, Callable[[Manifest, int | None], Runner]],
+    engines: Mapping[str, Opening],
     threads: int | None,
     seed: int,
 ) -> Iterator[Check]:
@@ -200,11 +225,9 @@ def _verify_graph(
                     "(--checkpoint)"
                 )
     del graph
-    files = {f"onnx/{name}.onnx", *(f"onnx/{file}" for file in data_files(model))}
-    part = dataclasses.replace(manifest, files={file: manifest.files[file] for file in sorted(files)})
     gc.collect()
     for engine, opening in engines.items():
-        runner = opening(part, threads)
+        runner = opening(manifest, (name,), threads)
         for label, feeds, expected in pairs:
             made = runner.run(name, outputs, feeds)
             for output, ours, theirs in zip(outputs, made, expected, strict=True):

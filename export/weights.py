@@ -193,11 +193,6 @@ def restore(module: nn.Module, model: onnx.ModelProto, name: str, read: Callable
     module.requires_grad_(False)
 
 
-def data_files(model: onnx.ModelProto) -> set[str]:
-    """Names of the data files that a graph refers to."""
-    return {_external(tensor)["location"] for tensor in model.graph.initializer if tensor.external_data}
-
-
 def _read(tensor: onnx.TensorProto, read: Callable[[str], memoryview]) -> Tensor:
     dtype, count = DTYPES[tensor.data_type], math.prod(tensor.dims)
     buffer: bytes | memoryview = tensor.raw_data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -124,12 +124,14 @@ def test_a_bundle_that_no_engine_can_run(copy: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_named(small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(manifest: Manifest, threads: int | None) -> verify.Runner:
+    def missing(manifest: Manifest, graphs: Sequence[str], threads: int | None) -> verify.Runner:
         raise EngineUnavailableError("no such device")
 
     monkeypatch.setitem(verify.ENGINES, "abacus", missing)
     report = verify_bundle(small_bundle, graphs=["inject"], threads=1)
-    assert report.unavailable == {"abacus": "no such device"}
+    assert set(report.unavailable) == {"abacus", "tensorrt"}
+    assert report.unavailable["abacus"] == "no such device"
+    assert report.unavailable["tensorrt"]
     assert {check.engine for check in report.checks} == {"onnxruntime"}
 
 

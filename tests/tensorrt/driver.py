@@ -7,6 +7,7 @@ recorded; what they compute is up to `on_launch`.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,6 +22,7 @@ class Result(IntEnum):
 
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
 
 
@@ -69,6 +71,7 @@ class FakeDriver:
         self.capturing: dict[int, list[Callable[[], None]]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._next = 1
+        self._thread = threading.local()
 
     def do(self, stream: Any, work: Callable[[], None]) -> tuple[int]:
         """Run work now, or put it into the stream's capture."""
@@ -110,8 +113,21 @@ class FakeDriver:
     def cuDevicePrimaryCtxRetain(self, _: int) -> tuple[int, int]:
         return 0, 1
 
-    def cuCtxSetCurrent(self, _: int) -> tuple[int]:
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        self._thread.contexts = [context]
         return (0,)
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[int]:
+        self._thread.contexts = [*self._contexts, context]
+        return (0,)
+
+    def cuCtxPopCurrent(self) -> tuple[int, int]:
+        *self._thread.contexts, last = self._contexts
+        return 0, last
+
+    @property
+    def _contexts(self) -> list[int]:
+        return getattr(self._thread, "contexts", [])
 
     def cuCtxGetDevice(self) -> tuple[int, int]:
         return 0, 0
@@ -128,6 +144,8 @@ class FakeDriver:
         return 0, address
 
     def cuMemFree(self, address: int) -> tuple[int]:
+        if not self._contexts:
+            return (int(Result.CUDA_ERROR_INVALID_CONTEXT),)
         del self.allocated[address]
         return (0,)
 
@@ -160,7 +178,9 @@ class FakeDriver:
     def _succeed(self, *_: Any) -> tuple[int]:
         return (0,)
 
-    cuStreamDestroy = cuEventDestroy = cuEventRecord = cuEventSynchronize = cuGraphDestroy = _succeed
+    cuCtxSynchronize = cuStreamDestroy = cuEventDestroy = cuEventRecord = cuEventSynchronize = (
+        cuGraphDestroy
+    ) = _succeed
 
     def cuStreamSynchronize(self, stream: Any) -> tuple[int]:
         assert int(stream) not in self.capturing, "a capture must not wait"

@@ -123,6 +123,15 @@ class Context:
             self.shapes[name] = tuple(shape)
         return fits
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Of an output once all inputs have theirs: what the graph makes of zeros of these shapes."""
+        if name in self.shapes:
+            return self.shapes[name]
+        network = self.engine
+        zeros = {n: np.zeros(self.shapes[n], NUMPY[network.get_tensor_dtype(n).name]) for n in network.given}
+        (value,) = network.session.run([name], zeros)
+        return tuple(value.shape)
+
     def set_tensor_address(self, name: str, address: int) -> None:
         assert address % 4 == 0
         self.addresses[name] = address

@@ -5,28 +5,34 @@ of the decoder's input, switches, sink and state included. What a GPU adds to th
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from swiftvideo.export.verify import ENGINES, verify_bundle
 from swiftvideo.runtime.engines import tensorrt as engine_module
 from swiftvideo.runtime.engines.cuda import from_bits, layout, to_bits
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.engines.tensorrt import TensorRTEngine
 from swiftvideo.runtime.errors import ClosedError, EngineError, SettingsError, UsageError
-from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
-from swiftvideo.runtime.noise import PhiloxNoise
+from swiftvideo.runtime.pipeline import Pipeline
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source
-from swiftvideo.runtime.rollout import Rollout
+from swiftvideo.sdk import bench, bench_table
+from tests.gpu.plans import POLICIES, compare, embeds, rollouts
 
 from .driver import FakeDriver
-from .emulator import compute, fake_trt, kernel
+from .emulator import Network, compute, fake_trt, kernel
 
 
 @pytest.fixture(scope="module")
@@ -75,51 +81,11 @@ def engine(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tens
     assert not driver.capturing
 
 
-def embeds(manifest: Manifest, seed: int) -> np.ndarray:
-    g = manifest.geometry
-    return np.random.default_rng(seed).normal(size=(1, g.text_len, g.text_dim)).astype(np.float32)
-
-
-def rollouts(
-    manifest: Manifest, engines: tuple[TensorRTEngine, OnnxRuntimeEngine], policy: PolicySettings, chunks: int
-) -> Iterator[tuple[Rollout, Rollout]]:
-    """Both engines' rollouts side by side, chunk after chunk, with a new prompt every third."""
-    g = manifest.geometry
-    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
-    pair = tuple(
-        Rollout(engine, policy, engine.condition(embeds(manifest, 0)), PhiloxNoise(5, shape))
-        for engine in engines
-    )
-    for index in range(chunks):
-        if index % 3 == 2:
-            for rollout, engine in zip(pair, engines, strict=True):
-                rollout.ask(engine.condition(embeds(manifest, index)))
-        yield pair[0], pair[1]
-    for rollout in pair:
-        rollout.close()
-
-
-POLICIES = {
-    "bridges": PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0)),
-    "micro recaches": PolicySettings(bridge=BridgeSettings(tau_low=0.0, tau_high=2.0)),
-    "full recaches": PolicySettings(bridge=BridgeSettings(tau_low=0.0, tau_high=0.0), global_sink=False),
-    "absolute positions": PolicySettings(positions="absolute"),
-}
-
-
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_video_as_onnx_runtime(manifest: Manifest, engine: TensorRTEngine, name: str) -> None:
-    plain = OnnxRuntimeEngine(manifest, threads=1)
-    modes = set()
-    for ours, theirs in rollouts(manifest, (engine, plain), POLICIES[name], 8):
-        a, b = ours.advance(), theirs.advance()
-        modes |= {a.switch.mode} if a.switch else set()
-        assert a.window == b.window
-        np.testing.assert_allclose(a.latents, b.latents, atol=2e-5)
-        frames, wanted = ours.tensors.decode(b.latents), theirs.tensors.decode(b.latents)
-        assert frames.dtype == np.uint8 and frames.shape == wanted.shape
-        assert np.abs(frames.astype(int) - wanted).max() <= 1
-    assert modes and engine.driver.graphs == {}, "every captured graph was destroyed"
+    found = compare(manifest, engine, OnnxRuntimeEngine(manifest, threads=1), POLICIES[name])
+    assert found.latents <= 2e-5 and found.levels <= 1 and not found.windows_differ
+    assert found.modes and engine.driver.graphs == {}, "every captured graph was destroyed"
 
 
 def test_denoise_is_captured_once_for_each_number_of_frames(
@@ -142,6 +108,47 @@ def test_prompts_are_encoded_alike(manifest: Manifest, engine: TensorRTEngine) -
     before = len(engine.driver.allocated)
     del a
     assert len(engine.driver.allocated) == before - 1, "a prompt's tensors go with it"
+
+
+def test_prompts_are_made_in_any_thread_and_freed_in_any(
+    manifest: Manifest, engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps its own tensors, without another context or buffer than those made at the start."""
+    plain = OnnxRuntimeEngine(manifest, threads=1)
+    before = dict(engine.driver.allocated)
+    made = []
+    monkeypatch.setattr(Network, "create_execution_context", made.append)
+    with ThreadPoolExecutor(4) as pool:
+        prompts = list(pool.map(lambda seed: engine.condition(embeds(manifest, seed)), range(12)))
+        for seed, prompt in enumerate(prompts):
+            np.testing.assert_allclose(
+                prompt.signature, plain.condition(embeds(manifest, seed)).signature, atol=1e-5
+            )
+        assert not made and len(engine.driver.allocated) == len(before) + 12
+    thread = threading.Thread(target=prompts.clear)  # a thread that never saw the GPU
+    del prompt
+    thread.start()
+    thread.join()
+    assert engine.driver.allocated == before
+
+
+def test_a_prompt_that_fails_leaves_nothing(
+    manifest: Manifest, engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(engine.driver.allocated)
+    monkeypatch.setattr(engine.driver, "cuMemcpyDtoHAsync", lambda *_: (1,))
+    with pytest.raises(EngineError, match="copying back"):
+        engine.condition(embeds(manifest, 0))
+    assert engine.driver.allocated == before
+
+
+def test_closing_frees_all_but_living_prompts(manifest: Manifest, engine: TensorRTEngine) -> None:
+    prompt = engine.condition(embeds(manifest, 0))
+    engine.close()
+    engine.close()
+    assert len(engine.driver.allocated) == 1
+    del prompt
+    assert not engine.driver.allocated
 
 
 def test_state_moves_to_another_session(manifest: Manifest, engine: TensorRTEngine) -> None:
@@ -170,6 +177,53 @@ def test_a_session_gives_everything_back(engine: TensorRTEngine) -> None:
     assert engine.driver.allocated == before
     with pytest.raises(ClosedError):
         session.x0()
+
+
+def test_verify_compares_the_plans_too(manifest: Manifest, engine: TensorRTEngine) -> None:
+    before = dict(engine.driver.allocated)
+    report = verify_bundle(str(manifest.folder), threads=1)
+    assert not report.failures and not report.unavailable
+    for name in ENGINES:
+        assert {check.graph for check in report.checks if check.engine == name} == set(GRAPHS)
+    assert engine.driver.allocated == before
+
+
+def test_verify_finds_a_plan_that_computes_something_else(
+    manifest: Manifest, engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TensorRTEngine.run
+
+    def wrong(self: TensorRTEngine, *arguments: Any) -> list[Any]:
+        return [value * 1.1 for value in run(self, *arguments)]
+
+    monkeypatch.setattr(TensorRTEngine, "run", wrong)
+    report = verify_bundle(str(manifest.folder), threads=1, graphs=["condition"])
+    assert {check.engine for check in report.failures} == {"tensorrt"}
+
+
+def test_verify_names_what_the_gpu_lacks(manifest: Manifest, engine: TensorRTEngine) -> None:
+    folder = str(manifest.folder)
+    engine.driver.capability = (9, 0)
+    report = verify_bundle(folder, threads=1, graphs=["inject"])
+    assert list(report.unavailable) == ["tensorrt"]
+    assert "capability 89 and this one has 90" in report.unavailable["tensorrt"]
+
+
+def test_bench_measures_it(
+    manifest: Manifest, engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "open_pipeline", lambda *_: Pipeline(engine, manifest))
+    monkeypatch.setattr(bench, "SWITCHES", 2)
+    made = bench.measure(chunks=2, memory_chunks=0)
+    assert (made["engine"], made["gpu"]) == ("tensorrt", "A test")
+    assert made["gpu_memory_mib"]["one_session"] == {"allocated": 4096.0}, "8 GiB, of which 4 are free"
+    assert made["stages"]["denoise"]["median"] > 0 < made["frames_per_second"]["with_decoding"]
+    assert made["limits"] is None and "measured with torch" in made["work_unknown"], "not the CPU's"
+    console = Console(record=True, width=200, file=io.StringIO())
+    bench_table.show(made, console)
+    assert "GPU memory 4096 MiB with the weights, 4096 MiB with a session\n" in console.export_text()
 
 
 def test_wrong_calls(manifest: Manifest, engine: TensorRTEngine) -> None:
