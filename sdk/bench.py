@@ -13,7 +13,7 @@ import numpy as np
 from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError
 
 from .engines import open_pipeline
-from .limits import Gpu, cpu_limits
+from .limits import cpu_limits, gpu_of
 from .machine import describe, memory_mib
 from .video import check_output
 from .work import Watched, work_figures
@@ -72,7 +72,7 @@ def measure(
             chunks = max(FEWEST, math.ceil(seconds * geometry.fps / frames))
         count = chunks or CHUNKS
         used = getattr(pipeline.engine, "threads", None)
-        gpu = Gpu.of(pipeline.engine)
+        gpu = gpu_of(pipeline.engine)
         result: dict[str, Any] = {
             **describe(),
             "gpu": gpu.name if gpu else None,

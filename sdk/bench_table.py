@@ -54,9 +54,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if "gpu_memory_mib" in result:
         held = result["gpu_memory_mib"]
+        most = held["one_session"].get("peak")
         say(
             f"GPU memory {held['weights']['allocated']:.0f} MiB with the weights, "
-            f"{held['one_session']['allocated']:.0f} MiB with a session, {held['one_session']['peak']:.0f} MiB at most"
+            f"{held['one_session']['allocated']:.0f} MiB with a session"
+            + ("" if most is None else f", {most:.0f} MiB at most")
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from swiftvideo.runtime.engines.host import usable_cores
 from swiftvideo.runtime.errors import EngineError
+from swiftvideo.runtime.plugins.launch import check
 
 CPU_PROGRAM = """
 import json, sys, time
@@ -65,12 +66,6 @@ class Gpu:
         self.device = device
         self.name: str = torch.cuda.get_device_name(device)
 
-    @classmethod
-    def of(cls, engine: Any) -> Gpu | None:
-        """The GPU that an engine computes on with torch, else None."""
-        device = getattr(engine, "device", None)
-        return cls(device) if getattr(device, "type", None) == "cuda" else None
-
     def wait(self) -> None:
         """Until the GPU has done all that it was given."""
         self._torch.cuda.synchronize(self.device)
@@ -85,7 +80,7 @@ class Gpu:
         }
         return {name: round(value / 2**20, 1) for name, value in values.items()}
 
-    def limits(self, dtype: str) -> dict[str, Any]:
+    def limits(self, dtype: str) -> dict[str, Any] | None:
         """GFLOP/s of a matrix product of a bundle's dtype and GB/s, read and written, of a copy; means of twenty."""
         torch = self._torch
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -110,3 +105,40 @@ class Gpu:
         end.record()
         self.wait()
         return float(start.elapsed_time(end)) / 1000 / repeats
+
+
+class PlanGpu(Gpu):
+    """The NVIDIA GPU of a TensorRT engine. torch is needed for nothing but its limits."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.name = engine.gpu.name
+
+    def wait(self) -> None:
+        """See `Gpu.wait`."""
+        self._engine.enter()
+        check(self._engine.driver, self._engine.driver.cuCtxSynchronize(), "waiting for the GPU")
+
+    def memory_mib(self) -> dict[str, float]:
+        """`allocated`: on the whole GPU, now."""
+        self._engine.enter()
+        free, total = check(self._engine.driver, self._engine.driver.cuMemGetInfo(), "asking for free memory")
+        return {"allocated": round((total - free) / 2**20, 1)}
+
+    def limits(self, dtype: str) -> dict[str, Any] | None:
+        """See `Gpu.limits`; None where no torch is installed that sees the GPU."""
+        try:
+            import torch
+        except ModuleNotFoundError:
+            return None
+        if not torch.cuda.is_available():
+            return None
+        return Gpu(torch.device("cuda", self._engine.gpu.index)).limits(dtype)
+
+
+def gpu_of(engine: Any) -> Gpu | None:
+    """The GPU that an engine computes on, or None."""
+    if getattr(engine, "name", None) == "tensorrt":
+        return PlanGpu(engine)
+    device = getattr(engine, "device", None)
+    return Gpu(device) if getattr(device, "type", None) == "cuda" else None

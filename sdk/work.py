@@ -95,8 +95,9 @@ def work_figures(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Per stage: work of a chunk, floor on this machine, and what was achieved; or None and why.
 
-    result: `bench.measure`'s, with stages, prompt_encode and limits. calls: of `chunks` steady chunks. switching: of
-    the switches. A floor is the larger of FLOP over the rate of matrix products and bytes over the rate of copies.
+    result: `bench.measure`'s, with stages, prompt_encode and limits, which may be None. calls: of `chunks` steady
+    chunks. switching: of the switches. A floor is the larger of FLOP over the rate of matrix products and bytes over
+    the rate of copies.
     """
     try:
         from swiftvideo.export.flops import BundleWork, Work
@@ -104,6 +105,9 @@ def work_figures(
         if not error.name or error.name.startswith("swiftvideo"):
             raise
         return None, f"counting work needs {error.name}: pip install 'swiftvideo[export]'"
+    limits = result["limits"]
+    if limits is None:
+        return None, "the GPU's limits are measured with torch, and none that sees it is installed"
     counted = BundleWork(manifest)
 
     def total(some: Sequence[Call]) -> Work:
@@ -116,8 +120,6 @@ def work_figures(
             else:
                 made += counted.denoise(call.frames, call.keys)
         return made
-
-    limits = result["limits"]
 
     def row(work: Work, per: int, ms: float) -> dict[str, float]:
         floor = 1000 * max(

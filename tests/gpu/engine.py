@@ -33,7 +33,7 @@ from swiftvideo.runtime.geometry import BridgeSettings, Geometry, PolicySettings
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.positions import rotation, time_tables
 from swiftvideo.runtime.rollout import Rollout
-from swiftvideo.sdk.limits import Gpu, cpu_limits
+from swiftvideo.sdk.limits import Gpu, cpu_limits, gpu_of
 from swiftvideo.sdk.machine import describe
 
 MODEL, HEIGHT, WIDTH = "wan2.1-t2v-1.3b", 480, 832
@@ -250,7 +250,7 @@ def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
     """Whole chunks: frames per second with and without decoding, cost early and late, switches, memory."""
     g, prompts = bench.geometry, [bench.prompt(engine, seed) for seed in (1, 2)]
     frames = g.chunk * g.temporal_stride
-    gpu = Gpu.of(engine)
+    gpu = gpu_of(engine)
     result: dict[str, Any] = {"weights_mib": gpu.memory_mib() if gpu else None}
     for decoded in (False, True):
         rollout, walls = roll(bench, engine, prompts, PolicySettings()), []

@@ -26,12 +26,12 @@ from swiftvideo.export.kernels.compiler import Tiles, attention_tiles, compile_k
 from swiftvideo.export.ops import semantic_injection
 from swiftvideo.runtime.plugins.kernel import ATTENTION, COMMIT, INJECTION, OPS, PLACE, Kernel, KernelSpec
 from swiftvideo.runtime.plugins.launch import Launcher
+from swiftvideo.sdk.limits import Gpu
 
 P, CHUNK, WINDOW, SINK, ANCHORS = 1560, 3, 12, 3, 4
 HEADS, HEAD = 12, 128
 ROWS = 2 + ANCHORS + WINDOW * P
 QUERIES = CHUNK * P
-MATMUL = 8192
 TUNING = [
     Tiles(q, k, warps, stages)
     for q, k, warps, stages in (
@@ -279,19 +279,16 @@ def rows(kernels: dict[str, Kernel], layers: int = 30) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the GPU reaches: bf16 matmul and a device copy, as the figures beside which ours stand."""
-    a, b = (torch.randn(MATMUL, MATMUL, device="cuda").bfloat16() for _ in range(2))
-    product = milliseconds(lambda: a @ b)
-    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source))
+    limits = Gpu(torch.device("cuda")).limits("bf16")
+    assert limits is not None
     major, minor = torch.cuda.get_device_capability()
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": 10 * major + minor,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "matmul_tflops": 2 * MATMUL**3 / product / 1e9,
-        "copy_gb_per_s": 2 * source.numel() / copy / 1e6,
+        "matmul_tflops": limits["gflop_per_s"] / 1000,
+        "copy_gb_per_s": limits["gb_per_s"],
     }
 
 

@@ -126,4 +126,4 @@ def test_engines_without_a_gpu_have_none() -> None:
     class Plain:
         device = np.dtype(np.float32)
 
-    assert limits.Gpu.of(Plain()) is None and limits.Gpu.of(object()) is None
+    assert limits.gpu_of(Plain()) is None and limits.gpu_of(object()) is None
