@@ -313,9 +313,11 @@ class CudaSession(TorchSession):
 
         if not self.engine.options.graphs or now.latents.shape[1] != self.engine.geometry.chunk:
             return forward
-        loaded = now.latents.clone()
+        with self.lane():  # after the upload, which is still on its way
+            loaded = now.latents.clone()
         replay = self.lane.capture(forward)
-        now.latents.copy_(loaded)  # capturing ran it
+        with self.lane():
+            now.latents.copy_(loaded)  # capturing ran it
         return replay
 
     def _attention(
