@@ -21,18 +21,13 @@ from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .remote import (
-    BACKOFF,
-    OPTIONS,
     SERVICE,
-    BusyError,
-    DeadlineError,
     EncodingName,
     RemoteChunk,
     ServiceError,
-    UnavailableError,
     VideoState,
-    credentials,
     error_from,
+    open_channel,
     start_of,
 )
 
@@ -54,10 +49,7 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        if tls if tls is not None else (root is not None or certificate is not None):
-            self._channel = grpc.aio.secure_channel(address, credentials(root, certificate, key), OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(address, OPTIONS)
+        self._channel = open_channel(grpc.aio, address, tls, root, certificate, key)
 
     def generate(
         self,
@@ -183,7 +175,12 @@ class Video:
                 error = None
             if self._closed:
                 raise StopAsyncIteration
-            attempt = await self._again(error, since, attempt)
+            waited = time.monotonic() - since
+            await asyncio.sleep(
+                state.pause_before(attempt, error, waited, self._client.timeout, self._deadline)
+            )
+            await self._connect()
+            attempt += 1
 
     async def _receive(self) -> RemoteChunk | None:
         """The next chunk of the call, or None at its end."""
@@ -194,23 +191,6 @@ class Video:
             if chunk is not None:
                 return chunk
         return None
-
-    async def _again(self, error: ServiceError | None, since: float, attempt: int) -> int:
-        """Reconnect after a pause; the number of the next attempt. Raises `error` where that is of no use."""
-        patience = self._client.timeout if self._deadline is None else self._deadline
-        waited = time.monotonic() - since
-        if self._deadline is not None and waited >= self._deadline:
-            raise DeadlineError(
-                f"no chunk came within {self._deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
-            ) from error
-        busy = isinstance(error, BusyError) and self.state.started is not None
-        if error is not None and not busy and not isinstance(error, UnavailableError):
-            raise error
-        if not self.state.can_resume or waited > patience:
-            raise error or UnavailableError("the server closed the call", grpc.StatusCode.UNAVAILABLE)
-        await asyncio.sleep(BACKOFF[min(attempt, len(BACKOFF) - 1)])
-        await self._connect()
-        return attempt + 1
 
     async def _connect(self) -> None:
         if self._call is not None:

@@ -70,9 +70,19 @@ def show(manifest: Manifest, console: Console) -> None:
             "precisions", Text(", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
         )
         for mode in ("input", "output"):
-            names = [f"{b['name']} {b['dtype']}{b['shape']}" for b in report["bindings"] if b["mode"] == mode]
-            table.add_row(mode + "s", Text("  ".join(names)))
+            table.add_row(mode + "s", Text(_bindings([b for b in report["bindings"] if b["mode"] == mode])))
         console.print(table)
+
+
+def _bindings(bindings: list[dict[str, Any]]) -> str:
+    """Names, dtypes and shapes; of those that are counted, as a VAE's caches, the number."""
+    families = Counter(b["name"].rstrip("0123456789") for b in bindings)
+    shown = [
+        f"{b['name']} {b['dtype']}{b['shape']}"
+        for b in bindings
+        if families[b["name"].rstrip("0123456789")] == 1
+    ]
+    return "  ".join(shown + [f"{family}0 to {count - 1}" for family, count in families.items() if count > 1])
 
 
 def _plugins(plan: PlanInfo, layers: list[dict[str, Any]]) -> str:

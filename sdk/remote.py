@@ -120,15 +120,24 @@ def error_from(error: Any) -> ServiceError:
     return error_of(error.code(), error.details(), error.trailing_metadata())
 
 
-def credentials(root: str | Path | None, certificate: str | Path | None, key: str | Path | None) -> Any:
-    """Channel credentials from PEM files. Raises SettingsError where one cannot be read."""
+def open_channel(
+    module: Any,
+    address: str,
+    tls: bool | None,
+    root: str | Path | None,
+    certificate: str | Path | None,
+    key: str | Path | None,
+) -> Any:
+    """A channel of `module`, grpc or grpc.aio; TLS from PEM files. Raises SettingsError where one cannot be read."""
+    if not (tls if tls is not None else (root is not None or certificate is not None)):
+        return module.insecure_channel(address, OPTIONS)
     if (certificate is None) != (key is None):
         raise SettingsError("a client certificate and its key belong together: give both or neither")
     try:
         data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
     except OSError as error:
         raise SettingsError(f"TLS: {error}") from error
-    return grpc.ssl_channel_credentials(*data)
+    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +218,25 @@ class VideoState:
         # said again, because the cut may have taken either message
         hold = pb.GenerateRequest(pause=pb.Pause()) if self.paused else pb.GenerateRequest(resume=pb.Resume())
         return [pb.GenerateRequest(reattach=reattach), hold]
+
+    def pause_before(
+        self, attempt: int, error: ServiceError | None, waited: float, timeout: float, deadline: float | None
+    ) -> float:
+        """Seconds until reconnect number `attempt`, the first being 0, of a call that broke with `error`.
+
+        waited: seconds since the chunk was asked for; it may take `deadline`, or `timeout` without one. Raises `error`
+        or what stands for it where a reconnect is of no use.
+        """
+        if deadline is not None and waited >= deadline:
+            raise DeadlineError(
+                f"no chunk came within {deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
+            ) from error
+        busy = isinstance(error, BusyError) and self.started is not None
+        if error is not None and not busy and not isinstance(error, UnavailableError):
+            raise error
+        if not self.can_resume or waited > (timeout if deadline is None else deadline):
+            raise error or UnavailableError("the server closed the call", grpc.StatusCode.UNAVAILABLE)
+        return BACKOFF[min(attempt, len(BACKOFF) - 1)]
 
     def _order(self) -> list[str]:
         """Prompts as the server took them, then those that it has not spoken of.

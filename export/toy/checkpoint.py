@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -76,9 +75,3 @@ def save_checkpoint(
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A training state saved by this package (tensors and plain numbers only)."""
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state

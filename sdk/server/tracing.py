@@ -8,15 +8,10 @@ from typing import Any
 
 
 class Span:
-    """One session's call. Events are its switches and its first chunk."""
+    """One session's call."""
 
     def __init__(self, span: Any) -> None:
         self._span = span
-
-    def event(self, name: str, **attributes: str | int | float) -> None:
-        """Note that something happened."""
-        if self._span is not None:
-            self._span.add_event(name, attributes)
 
     def note(self, **attributes: str | int | float) -> None:
         """Set attributes."""
