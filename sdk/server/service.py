@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -36,6 +35,7 @@ class GenerationService:
         self._manager = manager
         self._tokens = tokens
         self._version = version
+        self._readers: set[asyncio.Task[None]] = set()
 
     def handler(self) -> Any:
         """For `grpc.aio.Server.add_generic_rpc_handlers`.
@@ -91,7 +91,7 @@ class GenerationService:
         with tracing.call("Generate", client=identity.name) as span:
             session, outbox = await self._begin(context, identity)
             span.note(session=session.id)
-            reader = asyncio.create_task(self._read(context, session, outbox), name=f"read {session.id}")
+            self._read_on(context, session, outbox)
             try:
                 while (message := await outbox.get()) is not None:
                     await context.write(message)
@@ -100,9 +100,7 @@ class GenerationService:
                 return
             finally:
                 self._manager.detach(session, outbox)
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([reader])
+                outbox.close()
                 span.note(chunks=session.delivered, reason=session.reason or "detached")
             if isinstance(outbox.outcome, Refusal):
                 raise outbox.outcome
@@ -123,20 +121,35 @@ class GenerationService:
             return await self._manager.reattach(identity.name, first.reattach)
         raise wrong_order(f"the first message is {kind}: send start or reattach first")
 
+    def _read_on(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
+        """Take messages beside the writing. The task ends by itself when the call has ended.
+
+        It is never cancelled: a grpc.aio read that is cancelled never frees its operation (grpc/grpc issue 43360).
+        """
+        task = asyncio.create_task(self._read(context, session, outbox), name=f"read {session.id}")
+        self._readers.add(task)
+        task.add_done_callback(self._readers.discard)
+
     async def _read(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
         """Take messages until the call ends. What goes wrong ends the session."""
         try:
-            while (message := await context.read()) is not grpc.aio.EOF:
-                await self._take(session, message)
-                await outbox.room()
-            await asyncio.sleep(CLOSING)
-            if session.outbox is outbox:
-                self._manager.end(session, pb.Ended.REASON_STOPPED, "the client closed its side")
+            while session.outbox is outbox:  # reading from a call that has ended leaves its operation behind, too
+                message = await context.read()
+                if message is grpc.aio.EOF:
+                    self._manager.loop.call_later(CLOSING, self._closed, session, outbox)
+                    return
+                if session.outbox is outbox:
+                    await self._take(session, message)
+                    await outbox.room()
         except grpc.aio.BaseError:
             return  # the call broke; the writer's end detaches the session
         except Exception as error:  # noqa: BLE001 - the session's end carries it to the client
             if session.outbox is outbox and not session.over:
                 self._manager.fail(session, error)
+
+    def _closed(self, session: ServedSession, outbox: Outbox) -> None:
+        if session.outbox is outbox:
+            self._manager.end(session, pb.Ended.REASON_STOPPED, "the client closed its side")
 
     async def _take(self, session: ServedSession, message: Any) -> None:
         """Do what one message asks for."""

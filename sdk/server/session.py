@@ -57,6 +57,11 @@ class Outbox:
             self._room.set()
             self._changed.set()
 
+    def close(self) -> None:
+        """Nobody takes messages any more: nobody waits for room."""
+        self._messages.clear()
+        self._room.set()
+
     async def get(self) -> bytes | None:
         """The next message; None after the last."""
         while not self._messages:
