@@ -1,4 +1,5 @@
-"""Load and faults, at any scale: the suite runs them small, `make soak` at full size. Each returns its figures."""
+"""Sessions that are cancelled, switched, cut or drained, at any scale: the suite runs them small, `make soak` at full
+size. Each returns its figures."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import time
 from typing import Any
 
 import grpc
-import numpy as np
 
 from swiftvideo.sdk import aio
 from swiftvideo.v1 import generation_pb2 as pb
@@ -22,7 +22,6 @@ from .harness import (
     credit,
     generate,
     messages,
-    percentiles,
     prompt,
     start,
 )
@@ -51,118 +50,6 @@ async def _cancelled(server: ServerProcess, rng: random.Random) -> None:
             await call.write(prompt("a", " ".join(rng.sample(WORDS, 3))))
         await asyncio.sleep(rng.random() * 0.04)
         call.cancel()
-
-
-async def reading(
-    server: ServerProcess, count: int, chunks: int, text: str = "w1 w2"
-) -> tuple[list[float], float]:
-    """Gaps between chunks of `count` sessions that read all they get, and their chunks per second together."""
-    begin = time.perf_counter()
-
-    async def one(index: int) -> list[float]:
-        gaps, last = [], None
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            call = generate(channel, timeout=None)
-            await call.write(start(text, seed=index, chunks=chunks))
-            async for message in messages(call):
-                if message.WhichOneof("message") == "chunk":
-                    now = time.perf_counter()
-                    if last is not None:
-                        gaps.append(now - last)
-                    last = now
-                    await call.write(credit(message.chunk.index))
-        return gaps
-
-    gaps = await asyncio.gather(*(one(index) for index in range(count)))
-    return [gap for found in gaps for gap in found], count * chunks / (time.perf_counter() - begin)
-
-
-async def stalled(
-    server: ServerProcess, chunks: int, credits: int = 16, text: str = "w1 w2"
-) -> dict[str, Any]:
-    """A client that stops reading beside three that read: the server's memory, and the others' gaps.
-
-    Its session is there, paused, while the others are measured alone; so what is seen later are its unread chunks.
-    """
-    await reading(server, 3, max(20, chunks // 4), text)
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        call = generate(channel, timeout=None)
-        await call.write(start(text, credits=credits))
-        size = 0
-        async for message in messages(call):
-            if message.WhichOneof("message") == "chunk":
-                size = sum(map(len, message.chunk.payloads))
-                if message.chunk.index == 1:
-                    await call.write(pb.GenerateRequest(pause=pb.Pause()))
-                    break
-        alone, _ = await reading(server, 3, chunks, text)
-        before = (await asyncio.to_thread(server.counters))["rss"]
-        await call.write(credit(1))
-        await call.write(pb.GenerateRequest(resume=pb.Resume()))
-        beside, _ = await reading(server, 3, chunks, text)
-        found = await asyncio.to_thread(server.metrics)
-        patience = time.monotonic() + 30
-        while found["swiftvideo_credits"] and time.monotonic() < patience:  # on a busy machine it lags behind
-            await asyncio.sleep(0.1)
-            found = await asyncio.to_thread(server.metrics)
-        after = found["process_resident_memory_bytes"]
-        call.cancel()
-    a, b = percentiles(alone), percentiles(beside)
-    return {
-        "chunk_bytes": size,
-        "credits_bytes": size * credits,
-        "rss_growth": after - before,
-        "credits_left": found["swiftvideo_credits"],
-        "alone": a,
-        "beside": b,
-        "p99_change": round(b["p99_ms"] / a["p99_ms"] - 1, 4),
-    }
-
-
-async def overload(server: ServerProcess, capacity: int, chunks: int) -> dict[str, Any]:
-    """Four times as many sessions as fit keep asking: how fast they are refused, and the rate of those admitted."""
-    _, alone = await reading(server, capacity, chunks)
-    work = asyncio.create_task(reading(server, capacity, chunks))
-    await asyncio.to_thread(_until_full, server, capacity)
-    waits: list[float] = []
-    hints: list[int] = []
-    codes: set[str] = set()
-
-    async def stranger() -> None:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            await channel.channel_ready()
-            while not work.done():
-                begin = time.perf_counter()
-                call = generate(channel)
-                await call.write(start())
-                code = await call.code()
-                if work.done():
-                    return
-                waits.append(time.perf_counter() - begin)
-                codes.add(code.name)
-                hints.extend(
-                    int(value) for key, value in await call.trailing_metadata() if key == "retry-after-ms"
-                )
-                await asyncio.sleep(1.0)  # what the hints ask for, at least
-
-    strangers = [asyncio.create_task(stranger()) for _ in range(3 * capacity)]
-    _, crowded = await work
-    await asyncio.gather(*strangers)
-    return {
-        "capacity": capacity,
-        "rejects": percentiles(waits),
-        "slowest_reject_ms": round(max(waits) * 1000, 3),
-        "codes": sorted(codes),
-        "hints": len(hints),
-        "chunks_per_second_alone": round(alone, 2),
-        "chunks_per_second_crowded": round(crowded, 2),
-        "rate_kept": round(crowded / alone, 4),
-    }
-
-
-def _until_full(server: ServerProcess, count: int) -> None:
-    while server.counters()["sessions"] < count:
-        time.sleep(0.02)
 
 
 async def switches(server: ServerProcess, count: int, sessions: int = 8) -> dict[str, Any]:
@@ -328,45 +215,3 @@ async def sigterm(server: ServerProcess, sessions: int, grace: float) -> dict[st
         "reasons": sorted(set(reasons)),
         "ended": len(reasons),
     }
-
-
-async def latency(server: ServerProcess, pipeline: Any, rounds: int, text: str, other: str) -> dict[str, Any]:
-    """First frame, chunk and switch: embedded and through the service, in turns."""
-    times: dict[str, dict[str, list[float]]] = {
-        side: {"first_frame": [], "chunk": [], "switch": []} for side in ("embedded", "service")
-    }
-    async with aio.Client(server.address) as client:
-        for seed in range(rounds):
-            await asyncio.to_thread(_embedded, pipeline, seed, text, other, times["embedded"])
-            begin = time.perf_counter()
-            async with client.generate(text, seed, credits=1, linger=0) as video:
-                for index in range(8):
-                    if index == 6:
-                        begin = time.perf_counter()
-                        await video.prompt(other)
-                    elif index:
-                        begin = time.perf_counter()
-                    chunk = await anext(video)
-                    name = "first_frame" if index == 0 else "switch" if chunk.mode else "chunk"
-                    if index != 6 or chunk.mode:
-                        times["service"][name].append(time.perf_counter() - begin)
-    report: dict[str, Any] = {side: {k: percentiles(v) for k, v in times[side].items()} for side in times}
-    report["added_p50_ms"] = {
-        name: round(float(np.median(times["service"][name]) - np.median(times["embedded"][name])) * 1000, 3)
-        for name in times["service"]
-    }
-    return report
-
-
-def _embedded(pipeline: Any, seed: int, text: str, other: str, times: dict[str, list[float]]) -> None:
-    begin = time.perf_counter()
-    with pipeline.session(text, seed) as session:
-        for index in range(8):
-            if index:
-                begin = time.perf_counter()
-            if index == 6:
-                session.prompt(other)
-            chunk = next(session)
-            chunk.frames.tobytes()
-            name = "first_frame" if index == 0 else "switch" if chunk.mode else "chunk"
-            times[name].append(time.perf_counter() - begin)

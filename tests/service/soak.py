@@ -21,7 +21,7 @@ from typing import Any
 from swiftvideo.runtime.pipeline import EMBEDDED
 from swiftvideo.sdk.machine import describe
 
-from . import faults, scenarios
+from . import faults, load, scenarios
 from .harness import ServerProcess, embedded, export_small
 
 FREE = ("--max-load", "0")
@@ -65,19 +65,24 @@ class Soak:
         return found
 
     def stalled(self) -> dict[str, Any]:
-        """2: a client that stops reading."""
+        """2: a client that stops reading: memory where chunks are large, gaps where there are many."""
         text = EMBEDDED_PROMPTS[0] if self.wide == EMBEDDED else "w1 w2"
         with ServerProcess(self.wide, *FREE) as server:
-            found = asyncio.run(scenarios.stalled(server, self.n(60), text=text))
-        found["ok"] = (
-            found["rss_growth"] <= found["credits_bytes"] + faults.MEBIBYTE and found["p99_change"] < 0.05
+            memory = asyncio.run(load.stalled(server, self.n(40), text=text))
+        with ServerProcess(self.small, *FREE) as server:
+            gaps = asyncio.run(load.stalled(server, self.n(400), rounds=11))
+        ok = (
+            memory["rss_growth"] <= memory["credits_bytes"] + faults.MEBIBYTE
+            and not memory["credits_left"]
+            and not gaps["credits_left"]
+            and gaps["p99_change"] < 0.05
         )
-        return found
+        return {"memory": memory, "gaps": gaps, "ok": ok}
 
     def overload(self) -> dict[str, Any]:
         """3: four times the capacity."""
         with ServerProcess(self.small, *FREE, "--max-sessions", "4") as server:
-            found = asyncio.run(scenarios.overload(server, 4, self.n(300)))
+            found = asyncio.run(load.overload(server, 4, self.n(300), rounds=11))
         found["ok"] = (
             found["codes"] == ["RESOURCE_EXHAUSTED"]
             and found["hints"] == found["rejects"]["count"]
@@ -154,7 +159,7 @@ class Soak:
         bundle = EMBEDDED if has else self.small
         texts = EMBEDDED_PROMPTS if has else ("w1 w2", "w5 w6")
         with ServerProcess(bundle, *FREE) as server, embedded(bundle) as pipeline:
-            found = asyncio.run(scenarios.latency(server, pipeline, self.n(40), *texts))
+            found = asyncio.run(load.latency(server, pipeline, self.n(40), *texts))
         return {"model": "embedded" if has else "small", **found, "ok": True}
 
 
