@@ -22,3 +22,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     export_bundle(load_checkpoint(untrained_checkpoint(folder / "checkpoint")), folder / "bundle")
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of tests/export/small.py. Copy it before changing it."""
+    pytest.importorskip("torch")
+    from tests.export.small import export_small
+
+    return export_small(tmp_path_factory.mktemp("small") / "bundle")

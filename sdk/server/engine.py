@@ -25,8 +25,8 @@ class Made:
     queued: float
     """From the moment the chunk could be made."""
     took: float
-    saved: str | None = None
-    """Path of the snapshot that was written right after the chunk."""
+    saved: bool = False
+    """Whether a snapshot was written right after the chunk."""
 
 
 class Ask(NamedTuple):
@@ -212,7 +212,7 @@ class EngineThread:
         """Make one chunk of a job and hand it on."""
         begin = self._running_since
         queued = begin - max(job.ready_since, 0.0)
-        saved = None
+        saved = False
         try:
             for ask in asks:
                 ahead = ask.at_chunk > job.next_chunk
@@ -244,11 +244,11 @@ class EngineThread:
         job.done(made)
 
 
-def _save(session: Session, path: str) -> str | None:
+def _save(session: Session, path: str) -> bool:
     """Write a snapshot; a full disk costs the snapshot, not the session."""
     try:
         session.save(path)
     except SwiftVideoError:
         log.exception("a snapshot was not written")
-        return None
-    return path
+        return False
+    return True

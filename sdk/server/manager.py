@@ -65,9 +65,9 @@ class SessionManager:
         return sum((session.outbox is not None) is attached for session in list(self.sessions.values()))
 
     def _new_engine(self) -> EngineThread:
-        return EngineThread(lambda _: self._post(self._crashed))
+        return EngineThread(lambda _: self.post(self._crashed))
 
-    def _post(self, call: Callable[..., object], *args: object) -> None:
+    def post(self, call: Callable[..., object], *args: object) -> None:
         """Call in the event loop, from any thread; nothing once it is closed."""
         try:
             self.loop.call_soon_threadsafe(call, *args)
@@ -128,13 +128,14 @@ class SessionManager:
             return self.recovery.store.session_path(id, index + 1)
 
         def done(made: Made) -> None:
-            self._packer.submit(lambda: self._post(self._take, session, session.pack(made)))
+            self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
 
         job = Job(made, done, self.admission.period, next_chunk, asked, save_path)
         session = ServedSession(
             id, token, terms, job, self.engine, self.config.max_pending_prompts, self.pipeline.encode
         )
-        session.delivered = next_chunk
+        session.delivered = session.saved = next_chunk
+        session.interval = every if keeps else 0
         self.engine.add(job)
         self.sessions[id] = session
         log.info("session started", extra={"session": id, "client": terms.client})
@@ -249,8 +250,10 @@ class SessionManager:
         first = session.delivered == 0
         waited = session.deliver(packed)
         self._measure(session, packed, waited, first)
-        if made.saved is not None and self.recovery is not None:
-            self.recovery.write(session, made.saved)
+        if made.saved and self.recovery is not None:
+            self.recovery.write(session)
+        elif session.interval and session.delivered >= session.saved + session.interval:
+            session.saved_up_to(session.delivered)
 
     def _measure(self, session: ServedSession, packed: Packed, waited: float | None, first: bool) -> None:
         made, metrics = packed.made, self.metrics

@@ -39,8 +39,8 @@ class Recovery:
         """Whether there is a snapshot."""
         return session.id in self._held
 
-    def write(self, session: ServedSession, path: str) -> None:
-        """Complete the snapshot that the engine wrote to `path` right after the chunk that was delivered last."""
+    def write(self, session: ServedSession) -> None:
+        """Complete the snapshot that the engine wrote right after the chunk that was delivered last."""
         terms = session.terms
         stored = Stored(
             id=session.id,
@@ -56,14 +56,18 @@ class Recovery:
             prompts=[(id, *known) for id, known in session.prompts.items()],
         )
         self._held.add(session.id)
-        self._disk.submit(self.store.write, stored, list(session.kept)).add_done_callback(self._written)
+        done = self._disk.submit(self.store.write, stored, list(session.kept))
+        done.add_done_callback(
+            lambda future: self._manager.post(self._written, session, stored.index, future)
+        )
 
-    def _written(self, future: Future[None]) -> None:
+    def _written(self, session: ServedSession, index: int, future: Future[None]) -> None:
         error = future.exception()
         if error is None:
             self._manager.metrics.snapshots.inc()
         else:
-            log.error("a snapshot was not written: %s", error)
+            log.error("a snapshot was not written: %s", error, extra={"session": session.id})
+        session.saved_up_to(index)
 
     def forget(self, session: ServedSession) -> None:
         """A session has ended for good."""

@@ -133,7 +133,9 @@ class GenerationService:
     async def _read(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
         """Take messages until the call ends. What goes wrong ends the session."""
         try:
-            while session.outbox is outbox:  # reading from a call that has ended leaves its operation behind, too
+            while (
+                session.outbox is outbox
+            ):  # reading from a call that has ended leaves its operation behind, too
                 message = await context.read()
                 if message is grpc.aio.EOF:
                     self._manager.loop.call_later(CLOSING, self._closed, session, outbox)

@@ -153,6 +153,10 @@ class ServedSession:
     """From a snapshot: the client may be ahead of it."""
     reason: str = ""
     """How it ended, for the metrics."""
+    interval: int = 0
+    """Chunks between two snapshots; 0: none are kept."""
+    saved: int = 0
+    """Chunks that the newest complete snapshot has."""
     linger_timer: asyncio.TimerHandle | None = None
     kept: deque[Kept] = field(default_factory=deque)
     prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
@@ -181,9 +185,16 @@ class ServedSession:
         return min(limit, self.terms.chunks) if self.terms.chunks else limit
 
     def refresh(self) -> None:
-        """Tell the engine what this session may do now."""
+        """Tell the engine what this session may do now: no chunk that a kill would lose with more than an interval."""
         held = self.paused or self.stopped or self.over or self.outbox is None
-        self.engine.update(self.job, limit=self.limit, held=held)
+        limit = min(self.limit, self.saved + self.interval) if self.interval else self.limit
+        self.engine.update(self.job, limit=limit, held=held)
+
+    def saved_up_to(self, count: int) -> None:
+        """A snapshot is complete, or could not be written and is done without."""
+        self.saved = max(self.saved, count)
+        if not self.over:
+            self.refresh()
 
     def send(self, message: pb.GenerateResponse) -> None:
         """To the attached call, if there is one."""

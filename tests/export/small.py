@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
+from swiftvideo.export.bundle import export_bundle
 from swiftvideo.export.checkpoint import Checkpoint, ModelInfo
 from swiftvideo.export.models.backbone import BackboneConfig, CausalWanModel
 from swiftvideo.export.models.text import TextEncoder
@@ -56,3 +60,13 @@ def checkpoint() -> Checkpoint:
         info=ModelInfo(name="small", height=HEIGHT, width=WIDTH, fps=5, text_len=6, sink=2, shift=3.0),
         sha256="ab" * 32,
     )
+
+
+def export_small(folder: Path, height: int | None = None, width: int | None = None) -> Path:
+    """Its bundle: real graphs on the real CPU engine, a chunk in milliseconds."""
+    small = checkpoint()
+    info = dataclasses.replace(
+        small.info, height=height or small.info.height, width=width or small.info.width
+    )
+    export_bundle(dataclasses.replace(small, info=info), folder)
+    return folder

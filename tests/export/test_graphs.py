@@ -125,7 +125,7 @@ def test_recorded_weights_are_the_checkpoints(small_bundle: Path, name: str) -> 
         )
         computed = dict(fresh.module.named_buffers())
         for parameter, value in fresh.module.state_dict().items():
-            if parameter in recorded and parameter in computed:  # with as many threads as there were: may round otherwise
+            if parameter in recorded and parameter in computed:  # may round otherwise on other threads
                 torch.testing.assert_close(value, expected[parameter], rtol=0, atol=1e-6)
             elif parameter in recorded:
                 assert torch.equal(value, expected[parameter]), parameter

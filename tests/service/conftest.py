@@ -1,27 +1,16 @@
-"""Fixtures of the service's tests: a small bundle with real graphs, and a server on it in a process of its own."""
+"""Fixtures of the service's tests: the small bundle in this process, and a server on it in one of its own."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .harness import ServerProcess, embedded, export_small
+from .harness import ServerProcess, embedded
 
 pytest.importorskip("grpc")
-
-
-@pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that makes a chunk in milliseconds. SWIFTVIDEO_SMALL_BUNDLE names one that was made before."""
-    made = os.environ.get("SWIFTVIDEO_SMALL_BUNDLE")
-    if made:
-        return Path(made)
-    pytest.importorskip("torch")
-    return export_small(tmp_path_factory.mktemp("small") / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -35,6 +36,7 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
     arguments = ("--max-load", "0", "--snapshots", str(folder), "--snapshot-chunks", str(interval))
     server = await asyncio.to_thread(ServerProcess, bundle, *arguments)
     lost: list[int] = []
+    ids: dict[int, str] = {}
     records = [Record() for _ in range(3)]
     made = {seed: record.frames for seed, record in enumerate(records)}
     done = asyncio.Event()
@@ -45,6 +47,7 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
             async with client.generate("w1 w2", seed, credits=4, linger=60) as video:
                 async for chunk in video:
                     records[seed].take(video, chunk)
+                    ids[seed] = video.state.started.session_id
                     if done.is_set():
                         return
                     if rng.random() < 0.2:
@@ -66,12 +69,8 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
                 t.done() for t in tasks
             ):
                 await asyncio.sleep(0.01)
-            restored = [line for line in server.log if '"session restored"' in line]
-            starts = sorted(
-                int(line.partition('"chunks": ')[2].partition("}")[0].partition(",")[0]) for line in restored
-            )
-            ends = sorted(at_kill.values())
-            lost += [max(0, end - begin) for begin, end in zip(starts, ends, strict=False)]
+            restored = await asyncio.to_thread(_restored, server, len(made))
+            lost += [max(0, at_kill[seed] - restored[id]) for seed, id in ids.items()]
         done.set()
         await asyncio.gather(*tasks)
     finally:
@@ -89,6 +88,16 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
         "chunks_made_again": lost,
         "sessions_that_differ": sum(map(bool, differing)),
     }
+
+
+def _restored(server: ServerProcess, count: int) -> dict[str, int]:
+    """Chunks in the snapshots that sessions were restored from, by session, from the server's log."""
+    patience = time.monotonic() + 30
+    while True:
+        lines = [json.loads(line) for line in list(server.log) if '"session restored"' in line]
+        if len(lines) >= count or time.monotonic() > patience:
+            return {line["session"]: line["chunks"] for line in lines}
+        time.sleep(0.05)  # written, but not read here yet
 
 
 def _raw(channel: Any) -> Any:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,14 @@ import grpc
 import numpy as np
 
 from swiftvideo.sdk.remote import VideoState
+from swiftvideo.sdk.server.config import ServerConfig
+from swiftvideo.sdk.server.server import Server
 from swiftvideo.v1 import generation_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 METHOD = "/swiftvideo.v1.GenerationService/"
 WORDS = [f"w{number}" for number in range(40)]
 """Of the small model (tests/export/small.py)."""
-
-
-def export_small(folder: Path, height: int | None = None, width: int | None = None) -> Path:
-    """A bundle of a model that makes a chunk in milliseconds, with real graphs on the real CPU engine."""
-    import dataclasses
-
-    from swiftvideo.export.bundle import export_bundle
-    from tests.export.small import checkpoint
-
-    small = checkpoint()
-    info = dataclasses.replace(
-        small.info, height=height or small.info.height, width=width or small.info.width
-    )
-    export_bundle(dataclasses.replace(small, info=info), folder)
-    return folder
 
 
 class ServerProcess:
@@ -297,3 +284,18 @@ def reference(pipeline: Any, seed: int, chunks: int, prompts: list[pb.Prompt]) -
                 session.prompt(item.text, item.at_chunk * session.geometry.chunk if ahead else None)
             made.append(next(session).frames.tobytes())
     return made
+
+
+def serving(pipeline: Any, config: ServerConfig, talk: Callable[[Server, str], None]) -> Server:
+    """Run a server in this process while `talk` speaks with it in a thread."""
+
+    async def run() -> Server:
+        server = Server(pipeline, config)
+        await server.start()
+        try:
+            await asyncio.to_thread(talk, server, f"127.0.0.1:{server.port}")
+        finally:
+            await server.close()
+        return server
+
+    return asyncio.run(run())

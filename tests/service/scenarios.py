@@ -26,6 +26,8 @@ from .harness import (
     start,
 )
 
+CREDITS = 4
+
 
 async def cancels(server: ServerProcess, count: int, seed: int = 0) -> dict[str, Any]:
     """Cancel calls at random moments, some in a switch; then look at what is left."""
@@ -69,36 +71,40 @@ async def _switching(server: ServerProcess, count: int, seed: int) -> tuple[list
     sent: list[str] = []
     accepted: list[str] = []
     applied: list[str] = []
-    since: dict[str, int] = {}  # chunks that came between a prompt's acceptance and its application
-    waiting = 0
+    heard: dict[str, int] = {}  # first chunk that was not begun when the prompt was accepted
+    newest = last = -1  # chunk received, chunk with a switch
     expected: str | None = None  # prompt of the next chunk
-    running = ""
+    running, stopped = "", False
     async with grpc.aio.insecure_channel(server.address) as channel:
         call = generate(channel, timeout=None)
-        await call.write(start(seed=seed))
+        await call.write(start(seed=seed, credits=CREDITS))
         async for message in messages(call):
             kind = message.WhichOneof("message")
             if kind == "prompt_accepted":
-                accepted.append(message.prompt_accepted.id)
-                since[message.prompt_accepted.id] = -waiting
-                waiting += 1
+                known = message.prompt_accepted
+                accepted.append(known.id)
+                heard[known.id] = known.heard_chunk
+                if not newest < known.heard_chunk <= newest + 1 + CREDITS:  # more cannot have been begun
+                    problems.append(f"{known.id} was heard at chunk {known.heard_chunk}, after {newest} came")
             elif kind == "prompt_applied":
                 item = message.prompt_applied
                 applied.append(item.id)
-                waiting -= 1
-                late = since.pop(item.id, 99)
-                if late > 2:  # the chunk in the making and the one being packed were begun before
-                    problems.append(f"{item.id} applied {late} chunks later than the next one")
+                due = max(heard.get(item.id, -1), last + 1)  # one switch a chunk
+                if item.chunk_index != due:
+                    problems.append(f"{item.id} was applied at chunk {item.chunk_index}, not {due}")
+                last = item.chunk_index
                 expected = item.id
             elif kind == "chunk":
                 chunk = message.chunk
                 running = expected or running
                 if chunk.prompt_id != running or bool(chunk.mode) != (expected is not None):
                     problems.append(f"chunk {chunk.index} is of {chunk.prompt_id!r}, not {running!r}")
-                expected = None
-                since = {id: number + 1 for id, number in since.items()}
+                expected, newest = None, chunk.index
+                if stopped:
+                    continue  # it was under way when the server heard of the stop, and the call may have ended
                 await call.write(credit(chunk.index))
                 if len(applied) >= count:
+                    stopped = True
                     await call.write(STOP)
                 elif len(sent) == len(applied):
                     for _ in range(min(rng.choice((1, 2, 8)), count - len(sent))):

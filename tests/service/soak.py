@@ -20,9 +20,10 @@ from typing import Any
 
 from swiftvideo.runtime.pipeline import EMBEDDED
 from swiftvideo.sdk.machine import describe
+from tests.export.small import export_small
 
 from . import faults, load, scenarios
-from .harness import ServerProcess, embedded, export_small
+from .harness import ServerProcess, embedded
 
 FREE = ("--max-load", "0")
 EMBEDDED_PROMPTS = ("a red circle moving right", "a blue square moving up")

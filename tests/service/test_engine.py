@@ -6,7 +6,6 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from swiftvideo.sdk.server.session import Kept, Outbox
 from swiftvideo.sdk.server.status import TABLE, Refusal, refusal
 from swiftvideo.sdk.server.store import Store, Stored
 from swiftvideo.v1 import generation_pb2 as pb
+
+from .harness import serving
 
 
 class Collected:
@@ -141,21 +142,6 @@ def test_a_crash_of_the_thread_tells_every_session(pipeline: Any) -> None:
         assert isinstance(made.error, EngineError) and "RuntimeError" in str(made.error)
     engine._thread.join(10)
     assert not engine.alive and len(crashed) == 1 and all(job.session.closed for job in jobs)
-
-
-def serving(pipeline: Any, config: ServerConfig, talk: Callable[[Server, str], None]) -> Server:
-    """Run a server in this process while `talk` speaks with it in a thread."""
-
-    async def run() -> Server:
-        server = Server(pipeline, config)
-        await server.start()
-        try:
-            await asyncio.to_thread(talk, server, f"127.0.0.1:{server.port}")
-        finally:
-            await server.close()
-        return server
-
-    return asyncio.run(run())
 
 
 def test_a_crash_of_the_engine_ends_its_sessions_and_not_the_server(pipeline: Any) -> None:
