@@ -135,8 +135,7 @@ def sizes(manifest: Manifest, graph: str) -> dict[str, tuple[int, int, int]]:
     if graph == "decode":  # a chunk, or what the first frame leaves of it
         frames = (1, g.chunk, g.chunk)
     else:
-        micro = manifest.policy.bridge.micro
-        frames = (min(g.chunk, micro or g.chunk), g.chunk, g.window)
+        frames = (1, g.chunk, g.window)  # a policy's micro recache may take a single one
     return {"B": (1, 1, 1), "F": frames, "R": rows}
 
 
@@ -264,17 +263,18 @@ def _timing_cache(target: Target) -> str | None:
         return None
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftvideo"
     base.mkdir(parents=True, exist_ok=True)
-    return str(base / f"{target.flavour.name}-{target.flavour.installed}-sm{target.capability}.timing")
+    gpu = "".join(c if c.isalnum() else "-" for c in find_gpus()[0].name)
+    return str(base / f"{target.flavour.name}-{target.flavour.installed}-{gpu}.timing")
 
 
 def _failure(graph: str, target: Target, code: int, result: dict[str, Any], log: Path) -> PlanBuildError:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    stderr = log.with_suffix(".stderr")
-    if not lines and stderr.is_file():
-        lines = stderr.read_text(errors="replace").splitlines()
+    lines = []
+    for file, most in ((log, LOG_LINES), (log.with_suffix(".stderr"), LOG_LINES // 2)):
+        if file.is_file():  # an exception in a plugin is in stderr alone
+            lines += file.read_text(errors="replace").splitlines()[-most:]
     layer = f", layer {result['layer']}" if result.get("layer") else ""
     how = result.get("error") or (f"the builder died of signal {-code}" if code < 0 else f"exit code {code}")
-    end = "\n".join(f"  {line}" for line in lines[-LOG_LINES:])
+    end = "\n".join(f"  {line}" for line in lines)
     return PlanBuildError(
         f"no plan of {graph} for {target.name}{layer}: {how}. The bundle is as it was. The log ends with:\n{end}"
     )

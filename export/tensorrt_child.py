@@ -8,6 +8,7 @@ up to a file that the job names; and so does the result: {"bindings", "layers" (
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -73,14 +74,22 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             )
         Path(job["plan"]).write_bytes(plan)
         layers = parse_report(logger.report) or inspected(trt, logger, plan)
-        if job["timing_cache"]:
-            Path(job["timing_cache"]).write_bytes(config.get_timing_cache().serialize())
+        _keep_timings(config, job["timing_cache"])
         return {
             "bindings": _bindings(trt, network),
             "layers": layers,
             "nodes": nodes,
             "version": trt.__version__,
         }
+
+
+def _keep_timings(config: Any, file: str | None) -> None:
+    """Write the measured tactics down for the next build, in one step: another build may read them meanwhile."""
+    cache = config.get_timing_cache() if file else None
+    if file and cache is not None:
+        partial = Path(f"{file}.{os.getpid()}")
+        partial.write_bytes(cache.serialize())
+        partial.replace(file)
 
 
 def _peak() -> int:
@@ -158,13 +167,20 @@ def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     if job["flavour"] == "tensorrt_rtx":  # the other product builds for the GPU that is there
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job['capability']}"), 0)
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job['capability']}"), 0):
+            raise BuildFailure(f"this version does not build for compute capability {job['capability']}")
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer report names our nodes
     config.progress_monitor = _monitor(trt)
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32, as everywhere else
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(
+            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+        )  # what runs allocates nothing, so it can be captured
     if job["timing_cache"]:
         path = Path(job["timing_cache"])
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another driver: measure anew
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     profile = builder.create_optimization_profile()
     dynamic = False
     for index in range(network.num_inputs):
@@ -190,8 +206,8 @@ def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
                     for k in range(3)
                 ),
             )
-    if dynamic:
-        config.add_optimization_profile(profile)
+    if dynamic and config.add_optimization_profile(profile) < 0:
+        raise BuildFailure(f"the sizes {job['sizes']} are not accepted")
     return config
 
 

@@ -79,17 +79,37 @@ class TensorRTRunner:
             self._engine = TensorRTEngine(manifest, graphs=graphs)
         except BundleMissingError as error:
             raise EngineUnavailableError(str(error)) from error
+        self._axes = {graph: _batch_axes(bytes(manifest.read_file(f"onnx/{graph}.onnx"))) for graph in graphs}
 
     def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        """See `Runner.run`."""
-        arrays = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in feeds.items()}
-        tensors = map(torch.from_numpy, self._engine.run(graph, outputs, arrays))
-        wide = [self._engine.dtype_of(graph, name) == "bf16" for name in outputs]
-        return [value.bfloat16() if w else value for value, w in zip(tensors, wide, strict=True)]
+        """See `Runner.run`. Plans take one session at a time: a batch is run item by item."""
+        axes = self._axes[graph]
+        count = max((value.shape[axes[name]] for name, value in feeds.items() if name in axes), default=1)
+        items = []
+        for item in range(count):
+            part = {n: v.narrow(axes[n], item, 1) if n in axes else v for n, v in feeds.items()}
+            arrays = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in part.items()}
+            items.append(list(map(torch.from_numpy, self._engine.run(graph, outputs, arrays))))
+        results = []
+        for name, *values in zip(outputs, *items, strict=True):
+            value = torch.cat(values, axes[name]) if name in axes else values[0]
+            results.append(value.bfloat16() if self._engine.dtype_of(graph, name) == "bf16" else value)
+        return results
 
     def close(self) -> None:
         """See `Runner.close`."""
         self._engine.close()
+
+
+def _batch_axes(model: bytes) -> dict[str, int]:
+    """Of a graph's inputs and outputs, the axis that counts sessions, where they have one."""
+    graph = onnx.load_from_string(model).graph
+    found = {}
+    for value in (*graph.input, *graph.output):
+        names = [axis.dim_param for axis in value.type.tensor_type.shape.dim]
+        if "B" in names:
+            found[value.name] = names.index("B")
+    return found
 
 
 Opening = Callable[[Manifest, Sequence[str], int | None], Runner]

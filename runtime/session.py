@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Engine, Float32, Prompt
-from .errors import ClosedError, StoppedError, UsageError
+from .errors import ClosedError, StoppedError, SwiftVideoError, UsageError
 from .geometry import Geometry, PolicySettings
 from .memory import Forward
 from .noise import PhiloxNoise, checked_seed
@@ -147,8 +147,11 @@ class Session:
                 step = rollout.advance()
                 with rollout.memory.clock.stage("decode"):
                     frames = rollout.tensors.decode(step.latents)
-            except BaseException:
-                self.close()
+            except BaseException as error:
+                try:
+                    self.close()
+                except SwiftVideoError as second:  # of the two, the first one tells what went wrong
+                    error.add_note(f"then the session did not close: {second}")
                 raise
             timings = rollout.memory.clock.take()
         return Chunk(

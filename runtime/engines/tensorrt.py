@@ -7,9 +7,8 @@ What of this has run on a GPU, and what not yet, is said in docs/hardware.md.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from numpy.typing import NDArray
@@ -30,15 +29,18 @@ from swiftvideo.runtime.plugins.flavours import FLAVOURS, Flavour
 from swiftvideo.runtime.plugins.kernel import ROW_OPS, read_kernel
 from swiftvideo.runtime.plugins.launch import check, cuda_driver
 from swiftvideo.runtime.plugins.plans import PlanInfo, choose_plans, plans_of
-from swiftvideo.runtime.plugins.tensorrt import register
+from swiftvideo.runtime.plugins.tensorrt import last_failure, register
 
 from .cuda import Arena, Gpu, Pinned, find_gpus, to_bits
 from .tensorrt_session import TensorRTSession
+from .tensorrt_texts import Texts
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 REQUIRED = ("condition", "denoise", "inject")
+CUDA = 13
+"""Major version that both products are built for."""
 TRT_DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -58,9 +60,14 @@ def usable_plans(
     """The installed product, and the bundle's plans that it can load on `gpu`, checked.
 
     Raises:
-        EngineUnavailableError: no product is installed, or its plans are for other GPUs.
+        EngineUnavailableError: no product is installed, its plans are for other GPUs, or the driver is too old.
         BundleError: plans are missing, of other versions, or do not belong to this bundle.
     """
+    if int(gpu.driver.partition(".")[0]) < CUDA:
+        raise EngineUnavailableError(
+            f"the NVIDIA driver supports CUDA {gpu.driver} and TensorRT needs {CUDA}.0: install a newer driver; or use "
+            "engine='onnxruntime'"
+        )
     found = [flavour for flavour in flavours or FLAVOURS.values() if flavour.installed]
     if not found:
         commands = " or ".join(flavour.install for flavour in FLAVOURS.values())
@@ -89,7 +96,7 @@ def runs(manifest: Manifest, device: int = 0) -> bool:
     """Whether this machine can run the bundle's plans, as far as can be told without loading them."""
     try:
         usable_plans(manifest, find_gpus()[device])
-    except (EngineUnavailableError, BundleError):
+    except (EngineUnavailableError, BundleError, EngineError):
         return False
     return True
 
@@ -124,7 +131,7 @@ class TensorRTEngine:
             plans = {graph: plans[graph] for graph in graphs}
         self.kernels = {op: read_kernel(manifest, op, self.gpu.capability) for op in ROW_OPS}
         driver = self.driver
-        self.context = check(
+        self.context_handle = check(
             driver, driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "opening the GPU"
         )
         self.enter()
@@ -138,11 +145,14 @@ class TensorRTEngine:
         trt = flavour.load()
         self._trt, self._logger = trt, _logger(trt)
         register(trt)
-        self._runtime = trt.Runtime(self._logger)
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        except TypeError as error:  # its way to say that CUDA does not start
+            raise EngineUnavailableError(f"TensorRT does not start: {self.why()}") from error
         assert not self._runtime.engine_host_code_allowed, "plans must not bring host code"
         self.networks = {graph: self._open(manifest, plan) for graph, plan in plans.items()}
         self.vae_caches = [name for name in self.inputs("decode") if name != "latents"]
-        self._texts = _Texts(self)
+        self._texts = Texts(self)
 
     def encode(self, ids: Int64, mask: Int64, text: str) -> Prompt:
         """See `Engine.encode`."""
@@ -162,33 +172,33 @@ class TensorRTEngine:
     def run(self, graph: str, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         """Run a plan once, with memory of its own: what it made, by name. bfloat16 comes and goes as float32."""
         self.enter()
-        driver, context = self.driver, self.network(graph).create_execution_context()
-        for name, value in feeds.items():
-            self.set_shape(context, name, value.shape)
-        names = [*feeds, *(name for name in self._bindings(graph) if name not in feeds)]
-        shapes = {name: tuple(map(int, context.get_tensor_shape(name))) for name in names}
-        tensors = {name: (shapes[name], self.dtype_of(graph, name)) for name in names}
-        stream = self.stream()
-        arena = Arena(driver, tensors, stream, f"a run of {graph}")
-        staging = Pinned(driver, max(arena.bytes_of(name) for name in names))
-        try:
+        driver = self.driver
+        with ExitStack() as made:
+            stream = self.stream(made)
+            scratch = made.enter_context(
+                closing(Arena(driver, {"scratch": self.scratch(graph)}, stream, f"running {graph}"))
+            )
+            context = self.context(graph, scratch, "scratch")
+            for name, value in feeds.items():
+                self.set_shape(context, name, value.shape)
+            names = [*feeds, *(name for name in self._bindings(graph) if name not in feeds)]
+            shapes = {name: tuple(map(int, context.get_tensor_shape(name))) for name in names}
+            tensors = {name: (shapes[name], self.dtype_of(graph, name)) for name in names}
+            arena = made.enter_context(closing(Arena(driver, tensors, stream, f"running {graph}")))
+            staging = made.enter_context(closing(Pinned(driver, max(map(arena.bytes_of, names)))))
             for name, value in feeds.items():
                 size = staging.put(to_bits(value, tensors[name][1]))
                 code = driver.cuMemcpyHtoDAsync(arena[name], staging.address, size, stream)
                 check(driver, code, f"copying {name}")
                 check(driver, driver.cuStreamSynchronize(stream), f"copying {name}")
-            given = {name: (arena[name], shapes[name] if name in feeds else None) for name in names}
-            self.enqueue(context, stream, given)
+            self.bind(context, {n: (arena[n], shapes[n] if n in feeds else None) for n in names})
+            self.execute(context, stream)
             results = []
             for name in outputs:
                 code = driver.cuMemcpyDtoHAsync(staging.address, arena[name], arena.bytes_of(name), stream)
                 check(driver, code, f"copying {name}")
                 check(driver, driver.cuStreamSynchronize(stream), f"running {graph}")
                 results.append(staging.take(*tensors[name]))
-        finally:
-            staging.close()
-            arena.close()
-            check(driver, driver.cuStreamDestroy(stream), f"running {graph}")
         return results
 
     def close(self) -> None:
@@ -201,7 +211,7 @@ class TensorRTEngine:
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread."""
-        check(self.driver, self.driver.cuCtxSetCurrent(self.context), "entering the GPU's context")
+        check(self.driver, self.driver.cuCtxSetCurrent(self.context_handle), "entering the GPU's context")
 
     def network(self, graph: str) -> Any:
         """The deserialised plan of a graph."""
@@ -234,104 +244,64 @@ class TensorRTEngine:
         """Of a binding, such as "bf16"."""
         return TRT_DTYPES[self.network(graph).get_tensor_dtype(name).name]
 
-    def stream(self) -> Any:
-        """A new stream that does not wait for the default one."""
-        flag = int(self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        return check(self.driver, self.driver.cuStreamCreate(flag), "making a stream")
+    def stream(self, owner: ExitStack) -> Any:
+        """A new stream that does not wait for the default one; `owner` destroys it."""
+        driver = self.driver
+        flag = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        stream = check(driver, driver.cuStreamCreate(flag), "making a stream")
+        owner.callback(lambda: check(driver, driver.cuStreamDestroy(stream), "destroying a stream"))
+        return stream
 
-    def enqueue(self, context: Any, stream: Any, tensors: dict[str, tuple[int, Shape | None]]) -> None:
-        """Run a context: address of every binding, and shape of every input."""
+    def scratch(self, *graphs: str) -> tuple[Shape, str]:
+        """(shape, dtype) of memory that contexts of these graphs can share if they run one after the other."""
+        sizes = [
+            int(self.networks[graph].device_memory_size_v2) for graph in graphs if graph in self.networks
+        ]
+        return (max(1, *sizes, 1),), "uint8"
+
+    def context(self, graph: str, arena: Arena, scratch: str) -> Any:
+        """A new context. It allocates nothing: what it needs while it runs lies in the arena's tensor `scratch`."""
+        trt, network = self._trt, self.network(graph)
+        config = network.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            # TensorRT-RTX: it would swap in faster kernels while it runs, and a captured graph keep the first ones.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+        context = network.create_execution_context(config)
+        if context is None:
+            raise OutOfMemoryError(f"TensorRT cannot prepare {graph}: {self.why()}")
+        context.set_device_memory(arena[scratch], arena.bytes_of(scratch))
+        return context
+
+    def bind(self, context: Any, tensors: dict[str, tuple[int, Shape | None]]) -> None:
+        """Give a context the address of every binding, and the shape of every input."""
         for name, (address, shape) in tensors.items():
             if shape is not None:
                 self.set_shape(context, name, shape)
-            context.set_tensor_address(name, address)
+            if not context.set_tensor_address(name, address):
+                raise EngineError(f"TensorRT refuses the address of {name}: {self.why()}")
+
+    def execute(self, context: Any, stream: Any) -> None:
+        """Run a context whose bindings are set."""
         if not context.execute_async_v3(int(stream)):
-            raise EngineError(f"TensorRT failed to run {context.engine.name}: {self._logger.last()}")
+            raise EngineError(f"TensorRT failed to run {context.engine.name}: {self.why()}")
 
     def set_shape(self, context: Any, name: str, shape: Shape) -> None:
         """Of an input of a context. Raises EngineError where the plan has no room for it."""
         if not context.set_input_shape(name, shape):
-            raise EngineError(f"TensorRT refuses {name} of shape {shape}: {self._logger.last()}")
+            raise EngineError(f"TensorRT refuses {name} of shape {shape}: {self.why()}")
+
+    def why(self) -> str:
+        """The reason of the last failure, as far as TensorRT tells."""
+        return "; ".join(text for text in (last_failure(), self._logger.last()) if text)
 
     def _open(self, manifest: Manifest, plan: PlanInfo) -> Any:
         network = self._runtime.deserialize_cuda_engine(manifest.read_file(plan.file))
         if network is None:
-            raise EngineError(f"TensorRT cannot load {plan.file}: {self._logger.last()}")
+            raise EngineError(f"TensorRT cannot load {plan.file}: {self.why()}")
         return network
-
-
-class _Texts:
-    """The graphs that make prompts, with contexts and buffers that are made once.
-
-    A context takes its time, and freeing device memory waits for every stream: neither belongs into a prompt switch.
-    """
-
-    def __init__(self, engine: TensorRTEngine) -> None:
-        self._engine, self._driver, self._stream = engine, engine.driver, engine.stream()
-        self._lock = threading.Lock()
-        graphs = [graph for graph in ("text_encoder", "condition") if graph in engine.networks]
-        self._contexts: dict[str, Any] = {g: engine.network(g).create_execution_context() for g in graphs}
-        tensors = {n: engine.described(graph, n, {0: 1}) for graph in graphs for n in engine.inputs(graph)}
-        tensors["signature"] = ((1, engine.geometry.dim), "fp32")
-        self._work = Arena(engine.driver, tensors, self._stream, "encoding prompts")
-        self._staging = Pinned(engine.driver, self._work.size)
-
-    def prompt(self, text: str, feeds: dict[str, Array], *graphs: str) -> Prompt:
-        """Run graphs one after the other; K and V of the text stay on the GPU as long as the prompt lives."""
-        engine, g, driver = self._engine, self._engine.geometry, self._driver
-        for graph in graphs:
-            engine.network(graph)  # is there, and the engine is open
-        cross = (g.layers, 1, g.text_len, g.heads, g.head_dim)
-        with self._lock:
-            engine.enter()
-            tensors = {"cross_k": (cross, engine.dtype), "cross_v": (cross, engine.dtype)}
-            kept = Arena(driver, tensors, self._stream, "a prompt")
-            try:
-                signature = self._run(feeds, graphs, kept)
-            except BaseException:
-                kept.close()
-                raise
-        prompt = Prompt(text, signature, kept)
-        weakref.finalize(kept, _free, driver, engine.context, kept["cross_k"]).atexit = False
-        return prompt
-
-    def _run(self, feeds: dict[str, Array], graphs: tuple[str, ...], kept: Arena) -> Array:
-        """The signature; `kept` has the K and V afterwards."""
-        engine, driver, work, stream = self._engine, self._driver, self._work, self._stream
-        for name, value in feeds.items():
-            size = self._staging.put(to_bits(value, work.tensors[name][1]))
-            code = driver.cuMemcpyHtoDAsync(work[name], self._staging.address, size, stream)
-            check(driver, code, "copying a prompt")
-            check(driver, driver.cuStreamSynchronize(stream), "copying a prompt")
-        for graph in graphs:
-            tensors: dict[str, tuple[int, Shape | None]] = {
-                n: (work[n], work.tensors[n][0]) for n in engine.inputs(graph)
-            }
-            made = ["embeds"] if graph == "text_encoder" else ["cross_k", "cross_v", "signature"]
-            tensors |= {n: ((kept if n.startswith("cross") else work)[n], None) for n in made}
-            engine.enqueue(self._contexts[graph], stream, tensors)
-        size = work.bytes_of("signature")
-        code = driver.cuMemcpyDtoHAsync(self._staging.address, work["signature"], size, stream)
-        check(driver, code, "copying back")
-        check(driver, driver.cuStreamSynchronize(stream), "encoding a prompt")
-        return self._staging.take(*work.tensors["signature"])
-
-    def close(self) -> None:
-        """Free everything but prompts that live."""
-        with self._lock:
-            self._contexts = {}
-            self._work.close()
-            self._staging.close()
-            check(self._driver, self._driver.cuStreamDestroy(self._stream), "closing the engine")
-
-
-def _free(driver: Any, context: Any, address: int) -> None:
-    """Free a prompt's memory, in whatever thread its last reference went."""
-    check(driver, driver.cuCtxPushCurrent(context), "freeing a prompt")
-    try:
-        check(driver, driver.cuMemFree(address), "freeing a prompt")
-    finally:
-        check(driver, driver.cuCtxPopCurrent(), "freeing a prompt")
 
 
 def _logger(trt: Any) -> Any:

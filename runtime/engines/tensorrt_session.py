@@ -7,6 +7,7 @@ and so runs beside the context pass. A staging buffer is written again only afte
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,31 +37,37 @@ class TensorRTSession:
         g, driver = engine.geometry, engine.driver
         self._engine, self._driver = engine, driver
         self._sink = (g.memory_rows, g.memory_rows + g.sink * g.frame_tokens)
-        self._stream, self._decoding = engine.stream(), engine.stream()
-        tensors = self._tensors()
-        self._arena: Arena | None = Arena(driver, tensors, self._stream, "a session")
-        # One staging buffer per step of a chunk, and one event each: a copy never overwrites one that still travels.
-        upload = (
-            sum(self._arena.bytes_of(n) for n in ("noise", "step", "time_cos", "time_sin", "segments")) + 1024
-        )
-        upload = max(upload, self._arena.bytes_of("tokens"))
-        self._staging = [Pinned(driver, upload) for _ in range(g.steps + 1)]
-        self._events = [check(driver, driver.cuEventCreate(0), "making an event") for _ in self._staging]
-        check(driver, driver.cuStreamSynchronize(self._stream), "clearing memory")
-        self._back = Pinned(
-            driver, max(self._arena.bytes_of(n) for n in ("x0", "frames", "bridge", "anchor"))
-        )
-        self._commit = Launcher(engine.kernels[COMMIT], driver)
-        self._place = Launcher(engine.kernels[PLACE], driver)
-        graphs = ("denoise", "inject", "decode_first", "decode")
-        self._contexts = {
-            n: engine.network(n).create_execution_context() for n in graphs if n in engine.networks
-        }
-        self._graphs: dict[int, Any] = {}
+        self._arena: Arena | None = None
+        with ExitStack() as made:
+            self._stream, self._decoding = engine.stream(made), engine.stream(made)
+            arena = made.enter_context(closing(Arena(driver, self._tensors(), self._stream, "a session")))
+            # One staging buffer per step of a chunk, each with an event: no copy overwrites one that still travels.
+            uploaded = ("noise", "step", "time_cos", "time_sin", "segments")
+            size = max(sum(map(arena.bytes_of, uploaded)) + 1024, arena.bytes_of("tokens"))
+            pinned = [made.enter_context(closing(Pinned(driver, size))) for _ in range(g.steps + 1)]
+            self._staging = [(buffer, self._event(made)) for buffer in pinned]
+            back = max(arena.bytes_of(n) for n in ("x0", "frames", "bridge", "anchor"))
+            self._back = made.enter_context(closing(Pinned(driver, back)))
+            self._commit = Launcher(engine.kernels[COMMIT], driver)
+            self._place = Launcher(engine.kernels[PLACE], driver)
+            scratch = {"inject": "scratch", "decode_first": "decode_scratch", "decode": "decode_scratch"}
+            self._contexts = {
+                n: engine.context(n, arena, where) for n, where in scratch.items() if n in engine.networks
+            }
+            check(driver, driver.cuStreamSynchronize(self._stream), "clearing memory")
+            self._made = made.pop_all()
+        self._arena = arena
+        self._replays: dict[int, Callable[[], None]] = {}
         self._prompt: Prompt | None = None
         self._frames = 0
         self._loaded = self._denoised = self._sink_saved = self._started = False
         self._turn = 0
+
+    def _event(self, owner: ExitStack) -> Any:
+        driver = self._driver
+        event = check(driver, driver.cuEventCreate(0), "making an event")
+        owner.callback(lambda: check(driver, driver.cuEventDestroy(event), "destroying an event"))
+        return event
 
     def load(self, latents: Float32) -> None:
         """See `EngineSession.load`."""
@@ -90,9 +97,9 @@ class TensorRTSession:
         values: dict[str, Array] = {"step": np.array(step), "time_cos": time_cos, "time_sin": time_sin}
         values |= {"segments": segments} | ({} if noise is None else {"noise": noise})
         self._upload(values)
-        if self._frames not in self._graphs:
-            self._graphs[self._frames] = self._capture(self._frames)
-        check(driver, driver.cuGraphLaunch(self._graphs[self._frames], self._stream), "denoising")
+        if self._frames not in self._replays:
+            self._replays[self._frames] = self._capture(self._frames)
+        self._replays[self._frames]()
         self._denoised = True
 
     def x0(self) -> Float32:
@@ -129,7 +136,8 @@ class TensorRTSession:
         inputs = ("cache_v", "spans", "old_signature", "new_signature", "rho", "mix")
         tensors: dict[str, tuple[int, Shape | None]] = {n: (arena[n], arena.tensors[n][0]) for n in inputs}
         tensors |= {n: (arena[n], None) for n in ("bridge", "anchor")}
-        self._engine.enqueue(self._contexts["inject"], self._stream, tensors)
+        self._engine.bind(self._contexts["inject"], tensors)
+        self._engine.execute(self._contexts["inject"], self._stream)
         bridge, anchor = (self._download(n, arena.tensors[n][0], self._stream) for n in ("bridge", "anchor"))
         return bridge, anchor
 
@@ -196,19 +204,13 @@ class TensorRTSession:
         if self._arena is None:
             return
         self._engine.enter()
-        for stream in (self._stream, self._decoding):
-            check(self._driver, self._driver.cuStreamSynchronize(stream), "closing a session")
-        for graph in self._graphs.values():
-            check(self._driver, self._driver.cuGraphExecDestroy(graph), "closing a session")
-        self._graphs, self._contexts, self._prompt = {}, {}, None
-        self._arena.close()
-        self._arena = None
-        for buffer in (self._back, *self._staging):
-            buffer.close()
-        for event in self._events:
-            check(self._driver, self._driver.cuEventDestroy(event), "closing a session")
-        for stream in (self._stream, self._decoding):
-            check(self._driver, self._driver.cuStreamDestroy(stream), "closing a session")
+        self._arena = self._prompt = None
+        try:
+            for stream in (self._stream, self._decoding):
+                check(self._driver, self._driver.cuStreamSynchronize(stream), "closing a session")
+        finally:
+            self._replays, self._contexts = {}, {}
+            self._made.close()
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
@@ -242,38 +244,59 @@ class TensorRTSession:
             "vae_latents": ((1, g.chunk, *video[2:]), "fp32"),
             "frames": ((1, g.chunk * g.temporal_stride, g.height, g.width, 3), "uint8"),
         }
+        tensors["scratch"] = engine.scratch("denoise", "inject")
+        tensors["decode_scratch"] = engine.scratch("decode_first", "decode")
         for name in engine.vae_caches:  # read by one decoding, written for the next
             tensors[name] = tensors[f"new_{name}"] = engine.described("decode", name, {0: 1})
         return tensors
 
-    def _capture(self, frames: int) -> Any:
-        """The graph that denoises `frames` frames and loads the re-noised latents, ready to launch."""
-        arena, driver, stream = self._open(), self._driver, self._stream
-        context = self._contexts["denoise"]
+    def _capture(self, frames: int) -> Callable[[], None]:
+        """What denoises `frames` frames and loads the re-noised latents: the launch of a captured graph.
+
+        Each number of frames has a context of its own, for a captured one may not see another shape. All share their
+        scratch memory, since they run one after the other.
+        """
+        arena, driver, stream, engine = self._open(), self._driver, self._stream, self._engine
+        context = engine.context("denoise", arena, "scratch")
         tensors: dict[str, tuple[int, Shape | None]] = {}
-        for name in self._engine.inputs("denoise"):
+        for name in engine.inputs("denoise"):
             shape = arena.tensors[name][0]
             timed = name in ("latents", "noise", "time_cos", "time_sin")
             tensors[name] = (arena[name], (1, frames, *shape[2:]) if timed else shape)
         tensors |= {n: (arena[n], None) for n in ("x0", "next_latents", "fresh_k", "fresh_v")}
-        size = arena.bytes_of("latents") * frames // self._engine.geometry.window
+        engine.bind(context, tensors)
+        size = arena.bytes_of("latents") * frames // engine.geometry.window
 
         def run() -> None:
-            self._engine.enqueue(context, stream, tensors)
+            engine.execute(context, stream)
+            code = driver.cuMemcpyDtoDAsync(arena["latents"], arena["next_latents"], size, stream)
+            check(driver, code, "denoising")
 
         # Outside the capture first: TensorRT sets itself up, and plugins load their modules, on the first run. It
         # changes nothing that the replay does not write again.
-        run()
+        engine.execute(context, stream)
         check(driver, driver.cuStreamSynchronize(stream), "the first run of denoise")
+        capturable = getattr(context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(int(stream)):
+            return run
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
-        run()
-        code = driver.cuMemcpyDtoDAsync(arena["latents"], arena["next_latents"], size, stream)
-        check(driver, code, "capturing denoise")
+        try:
+            run()
+        except BaseException:
+            driver.cuStreamEndCapture(stream)  # what it says is a consequence
+            raise
         graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
-        made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
-        check(driver, driver.cuGraphDestroy(graph), "capturing denoise")
-        return made
+        try:
+            made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
+        finally:
+            check(driver, driver.cuGraphDestroy(graph), "capturing denoise")
+        self._made.callback(lambda: check(driver, driver.cuGraphExecDestroy(made), "closing a session"))
+
+        def replay(_: Any = context) -> None:  # what was captured belongs to the context
+            check(driver, driver.cuGraphLaunch(made, stream), "denoising")
+
+        return replay
 
     def _decode(self, graph: str, latents: Float32) -> Frames:
         """Frames of latents by `decode_first` or `decode`, on the stream for decoding."""
@@ -286,7 +309,8 @@ class TensorRTSession:
             tensors |= {n: (arena[n], arena.tensors[n][0]) for n in engine.vae_caches}
         tensors |= {f"new_{n}": (arena[f"new_{n}"], None) for n in engine.vae_caches}
         tensors["frames"] = (arena["frames"], None)
-        engine.enqueue(self._contexts[graph], stream, tensors)
+        engine.bind(self._contexts[graph], tensors)
+        engine.execute(self._contexts[graph], stream)
         for name in engine.vae_caches:
             size = arena.bytes_of(name)
             check(
@@ -313,8 +337,8 @@ class TensorRTSession:
         stream = self._stream if stream is None else stream
         turn = self._turn
         self._turn = (turn + 1) % len(self._staging)
-        staging = self._staging[turn]
-        check(driver, driver.cuEventSynchronize(self._events[turn]), "waiting for a copy")
+        staging, event = self._staging[turn]
+        check(driver, driver.cuEventSynchronize(event), "waiting for a copy")
         at = 0
         for name, value in values.items():
             flat = to_bits(value, arena.tensors[name][1]).reshape(-1).view(np.uint8)
@@ -326,7 +350,7 @@ class TensorRTSession:
             code = driver.cuMemcpyHtoDAsync(arena[name], staging.address + at, len(flat), stream)
             check(driver, code, f"copying {name}")
             at += -(-len(flat) // 16) * 16
-        check(driver, driver.cuEventRecord(self._events[turn], stream), "recording a copy")
+        check(driver, driver.cuEventRecord(event, stream), "recording a copy")
 
     def _download(self, name: str, shape: Shape, stream: Any) -> Array:
         """The beginning of a tensor as an array of its own, after everything in the stream."""

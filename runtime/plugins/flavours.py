@@ -20,7 +20,7 @@ class Flavour:
     distribution: str
     install: str
     capabilities: tuple[int, ...]
-    """That plans can be built for, of those that the kernels support."""
+    """That there are targets for, of those that the kernels support."""
 
     @property
     def installed(self) -> str | None:
@@ -42,9 +42,7 @@ class Flavour:
             ) from error
 
 
-TENSORRT = Flavour(
-    "tensorrt", "tensorrt", "tensorrt", "pip install 'swiftvideo[tensorrt]'", (80, 86, 89, 90, 120)
-)
+TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt", "pip install 'swiftvideo[tensorrt]'", (90,))
 RTX = Flavour(
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",

@@ -17,8 +17,8 @@ from swiftvideo.runtime.errors import EngineError, EngineUnavailableError, Usage
 from .kernel import Kernel
 
 _CTYPES: dict[str, Any] = {"ptr": ctypes.c_uint64, "i32": ctypes.c_int32, "f32": ctypes.c_float}
-_LOADED: dict[tuple[Any, str], tuple[Any, Any]] = {}
-"""Library and kernel by driver and the cubin's SHA-256: loaded once a process, whatever the number of plugins."""
+_LOADED: dict[tuple[Any, int, str], tuple[Any, Any]] = {}
+"""Library and kernel by driver, GPU and the cubin's SHA-256: loaded once, whatever the number of plugins."""
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a kernel may use without asking for more."""
@@ -103,14 +103,14 @@ class Launcher:
 def _load(driver: Any, kernel: Kernel) -> Any:
     """The kernel's handle for cuLaunchKernel."""
     spec = kernel.spec
-    key = (driver, spec.sha256)
+    device = check(driver, driver.cuCtxGetDevice(), "asking for the current GPU")
+    key = (driver, int(device), spec.sha256)
     if key not in _LOADED:
         what = f"loading the cubin {spec.stem} (made for compute capability {spec.capability})"
         library = check(driver, driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0), what)
         handle = check(driver, driver.cuLibraryGetKernel(library, spec.entry.encode()), what)
         if spec.shared > STATIC_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            device = check(driver, driver.cuCtxGetDevice(), "asking for the current GPU")
             check(driver, driver.cuKernelSetAttribute(attribute, spec.shared, handle, device), what)
         _LOADED[key] = (library, handle)
     return driver.CUfunction(int(_LOADED[key][1]))

@@ -5,11 +5,13 @@ The module is a parameter: `register(trt, kernels)` makes the classes for it and
 needs no file beside it. Formats are linear; K, V and outputs share one dtype.
 
 TensorRT's Python interface takes no error code from `enqueue`: an exception is how it is told of a failure there. What
-the launch itself returned is in the message.
+the launch itself returned is in the message, which `last_failure` keeps.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ PLUGINS = (ATTENTION, INJECTION)
 _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 _FLOAT_INPUTS = {ATTENTION: frozenset[int](), INJECTION: frozenset((2, 3, 4, 5))}
 _INT_INPUTS = {ATTENTION: frozenset((5,)), INJECTION: frozenset((1,))}
+_FAILED = [""]
 _REGISTERED: dict[str, list[Any]] = {}
 """Creators by module name: registries do not keep Python objects alive, and take each name once."""
 
@@ -76,6 +79,23 @@ def read_fields(collection: Any, name: str) -> tuple[int, float, Kernel]:
     return int(np.asarray(given["layer"]).ravel()[0]), float(np.asarray(given["scale"]).ravel()[0]), kernel
 
 
+def last_failure() -> str:
+    """What a plugin raised last, or nothing. TensorRT writes it to stderr and returns no more than that it failed."""
+    return _FAILED[0]
+
+
+def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except Exception as error:
+            _FAILED[0] = f"{type(error).__name__}: {error}"
+            raise
+
+    return call
+
+
 def _bytes(content: bytes) -> Any:
     return np.frombuffer(content, np.int8).copy()
 
@@ -113,6 +133,7 @@ def _plugin_class(trt: Any) -> type[Any]:
 
         # -- build
 
+        @_remembered
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             heads = inputs[0].desc.dims
             if heads[-1] not in (self.kernel.spec.head_dim, -1):
@@ -162,6 +183,7 @@ def _plugin_class(trt: Any) -> type[Any]:
         def set_tactic(self, _: int) -> None:
             """There is one tactic."""
 
+        @_remembered
         def enqueue(self, inputs: Any, outputs: Any, given: Any, made: Any, _: int, stream: int) -> None:
             if self.launcher is None:  # a context is current only from here on
                 self.launcher = Launcher(self.kernel)
@@ -204,6 +226,7 @@ def _creator_class(trt: Any, plugin_class: Any) -> type[Any]:
             )
             self.kernel: Kernel | None = None
 
+        @_remembered
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             if phase == trt.TensorRTPhase.RUNTIME:
                 return plugin_class(self.name, *read_fields(collection, name))

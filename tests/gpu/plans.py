@@ -106,11 +106,14 @@ def compare(manifest: Manifest, ours: Engine, theirs: Engine, policy: PolicySett
 
 def target(capability: int) -> str:
     """What to build for the GPU that is there. Raises EngineUnavailableError where nothing can."""
-    flavour = next((flavour for flavour in FLAVOURS.values() if flavour.installed), None)
-    if flavour is None or capability not in flavour.capabilities:
-        name = "neither tensorrt nor tensorrt_rtx is installed" if flavour is None else flavour.name
+    installed = [flavour for flavour in FLAVOURS.values() if flavour.installed]
+    flavour = next((one for one in installed if capability in one.capabilities), None)
+    if flavour is None:
+        names = (
+            " and ".join(one.name for one in installed) or "neither tensorrt nor tensorrt_rtx is installed"
+        )
         raise EngineUnavailableError(
-            f"{name}: no plans for compute capability {capability} can be built here"
+            f"{names}: no plans for compute capability {capability} can be built here"
         )
     return f"rtx:sm{capability}" if flavour is RTX else "h200"
 

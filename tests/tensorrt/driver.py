@@ -62,6 +62,7 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.missing, self.init_code, self.count, self.capability = False, 0, 1, (8, 9)
+        self.version = 13000
         self.free, self.load_code, self.launch_code = 4 << 30, 0, 0
         self.allocated: dict[int, Any] = {}
         self.libraries: list[bytes] = []
@@ -96,7 +97,7 @@ class FakeDriver:
         return 0, self.count
 
     def cuDriverGetVersion(self) -> tuple[int, int]:
-        return 0, 13000
+        return 0, self.version
 
     def cuDeviceGet(self, index: int) -> tuple[int, int]:
         return 0, index

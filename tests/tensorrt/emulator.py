@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from swiftvideo.export.tensorrt import sizes
 from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE, Axis, Kernel, KernelSpec
 
@@ -82,8 +82,13 @@ def compute(launch: Launch, head: int) -> None:
 class Network:
     """What deserialising gives: a graph of the bundle."""
 
-    def __init__(self, graph: str, bundle: Path, driver: FakeDriver) -> None:
+    device_memory_size_v2 = 4096
+
+    def __init__(self, graph: str, manifest: Manifest, driver: FakeDriver) -> None:
         self.name, self.driver = graph, driver
+        assert manifest.folder is not None
+        bundle = manifest.folder
+        self.sizes = sizes(manifest, graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         path = bundle / "onnx" / f"{graph}.onnx"
@@ -104,8 +109,21 @@ class Network:
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name=KINDS[(self.given | self.made)[name].type])
 
-    def create_execution_context(self) -> Context:
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context:
+        assert config.strategy == "USER_MANAGED"
         return Context(self)
+
+
+class RuntimeConfig:
+    """How contexts are to be."""
+
+    strategy = "STATIC"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
 
 
 class Context:
@@ -115,10 +133,25 @@ class Context:
         self.engine = network
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.captured: dict[str, tuple[int, ...]] | None = None
+        self.memory = 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0 and size >= self.engine.device_memory_size_v2
+        self.memory = address
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        known = self.engine.get_tensor_shape(name)
-        fits = len(known) == len(shape) and all(a in (-1, b) for a, b in zip(known, shape, strict=True))
+        """As the plan's profile allows; a context whose run was captured keeps its shapes."""
+        known = self.engine.given[name].shape
+
+        def takes(axis: Any, size: int) -> bool:
+            least, _, most = self.engine.sizes[axis] if isinstance(axis, str) else (axis, axis, axis)
+            return bool(least <= size <= most)
+
+        fits = len(known) == len(shape) and all(map(takes, known, shape))
+        assert self.captured is None or self.captured[name] == tuple(shape), (
+            "it was captured with another shape"
+        )
         if fits:
             self.shapes[name] = tuple(shape)
         return fits
@@ -132,13 +165,17 @@ class Context:
         (value,) = network.session.run([name], zeros)
         return tuple(value.shape)
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         assert address % 4 == 0
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
         addresses, shapes = dict(self.addresses), dict(self.shapes)
         assert set(addresses) == {*self.engine.given, *self.engine.made}, "a binding has no address"
+        assert self.memory, "it has no memory to work in"
+        if int(stream) in self.engine.driver.capturing:
+            self.captured = shapes
 
         def run() -> None:
             network = self.engine
@@ -162,9 +199,13 @@ def fake_trt(manifest: Manifest, driver: FakeDriver) -> Any:
             self.logger = logger
 
         def deserialize_cuda_engine(self, plan: memoryview) -> Network:
-            assert manifest.folder is not None
-            return Network(bytes(plan).decode(), manifest.folder, driver)
+            return Network(bytes(plan).decode(), manifest, driver)
 
     severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)
     logger = type("ILogger", (), {"Severity": severity, "__init__": lambda self: None})
-    return SimpleNamespace(Runtime=Runtime, ILogger=logger, TensorIOMode=SimpleNamespace(INPUT="INPUT"))
+    return SimpleNamespace(
+        Runtime=Runtime,
+        ILogger=logger,
+        TensorIOMode=SimpleNamespace(INPUT="INPUT"),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
+    )

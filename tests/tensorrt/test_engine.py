@@ -22,17 +22,25 @@ from swiftvideo.runtime.engines import tensorrt as engine_module
 from swiftvideo.runtime.engines.cuda import from_bits, layout, to_bits
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.engines.tensorrt import TensorRTEngine
-from swiftvideo.runtime.errors import ClosedError, EngineError, SettingsError, UsageError
+from swiftvideo.runtime.errors import (
+    ClosedError,
+    EngineError,
+    OutOfMemoryError,
+    SettingsError,
+    UsageError,
+)
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
+from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.pipeline import Pipeline
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source
+from swiftvideo.runtime.rollout import Rollout
 from swiftvideo.sdk import bench, bench_table
 from tests.gpu.plans import POLICIES, compare, embeds, rollouts
 
 from .driver import FakeDriver
-from .emulator import Network, compute, fake_trt, kernel
+from .emulator import Context, Network, compute, fake_trt, kernel
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +269,61 @@ def test_tensors_of_an_arena_do_not_overlap() -> None:
     assert offsets == {"a": 0, "b": 256, "c": 512} and size == 768
 
 
-def test_a_failing_graph_is_an_engine_error(manifest: Manifest, engine: TensorRTEngine) -> None:
-    context = engine.network("condition").create_execution_context()
+def test_a_shape_that_the_plan_refuses_is_an_engine_error(engine: TensorRTEngine, manifest: Manifest) -> None:
     with pytest.raises(EngineError, match="TensorRT refuses embeds of shape"):
-        engine.enqueue(context, 0, {"embeds": (0, (1, 1, 1))})
+        engine.run("condition", ["signature"], {"embeds": np.zeros((2, 6, 16), np.float32)})
+
+
+def test_what_a_plugin_raised_is_in_the_message(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "execute_async_v3", lambda *_: False)
+    monkeypatch.setattr(engine_module, "last_failure", lambda: "EngineError: launching failed")
+    with pytest.raises(EngineError, match="failed to run condition: EngineError: launching failed"):
+        engine.condition(embeds(manifest, 0))
+
+
+def test_no_memory_for_a_context_costs_nothing(
+    engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(engine.driver.allocated)
+    monkeypatch.setattr(Network, "create_execution_context", lambda *_: None)
+    with pytest.raises(OutOfMemoryError, match="cannot prepare inject"):
+        engine.open()
+    assert engine.driver.allocated == before
+
+
+def begun(engine: TensorRTEngine, manifest: Manifest) -> Rollout:
+    g = manifest.geometry
+    noise = PhiloxNoise(5, (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width))
+    return Rollout(engine, POLICIES["bridges"], engine.condition(embeds(manifest, 0)), noise)
+
+
+def test_a_capture_that_fails_is_ended_and_names_its_cause(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, driver = dict(engine.driver.allocated), engine.driver
+    rollout = begun(engine, manifest)
+    execute = Context.execute_async_v3
+
+    def failing(self: Context, stream: int) -> bool:
+        return int(stream) not in driver.capturing and execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", failing)
+    with pytest.raises(EngineError, match="failed to run denoise"):
+        rollout.advance()
+    rollout.close()
+    assert not driver.capturing
+    del rollout
+    assert driver.allocated == before
+
+
+def test_a_plan_that_cannot_be_captured_runs_all_the_same(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = begun(engine, manifest).advance().latents
+    monkeypatch.setattr(Context, "is_stream_capturable", lambda *_: False, raising=False)
+    graphs = len(engine.driver.graphs)
+    rollout = begun(engine, manifest)
+    np.testing.assert_array_equal(rollout.advance().latents, wanted)
+    assert len(engine.driver.graphs) == graphs

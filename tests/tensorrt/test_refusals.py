@@ -289,6 +289,13 @@ def test_a_graph_without_a_plan(bundle: Manifest, driver: FakeDriver) -> None:
         usable_plans(dataclasses.replace(bundle, plans=plans), GPU)
 
 
+def test_a_driver_that_is_too_old(bundle: Manifest, driver: FakeDriver) -> None:
+    driver.version = 12080
+    with pytest.raises(EngineUnavailableError, match=r"supports CUDA 12\.8 and TensorRT needs 13\.0"):
+        TensorRTEngine(bundle)
+    assert not driver.allocated
+
+
 def test_the_gpu_of_another_capability(bundle: Manifest, driver: FakeDriver) -> None:
     driver.capability = (9, 0)
     with pytest.raises(EngineUnavailableError, match="capability 89 and this one has 90"):
