@@ -96,8 +96,8 @@ def _engine() -> Finding:
         return Finding(what, False, f"no TensorRT is installed: {commands}")
     fitting = [flavour.name for flavour in usable if gpu.capability in flavour.capabilities]
     if not fitting:
-        return Finding(
-            what, False, f"no plans can be built for sm{gpu.capability}: {FLAVOURS['tensorrt'].install}"
-        )
+        builders = [flavour for flavour in FLAVOURS.values() if gpu.capability in flavour.capabilities]
+        commands = " or ".join(flavour.install for flavour in builders) or "no product builds them"
+        return Finding(what, False, f"no plans can be built for sm{gpu.capability}: {commands}")
     target = "h200" if gpu.capability == 90 else f"rtx:sm{gpu.capability}"
     return Finding(what, True, f"for bundles with plans: swiftvideo export --out BUNDLE --target {target}")

@@ -86,13 +86,15 @@ class Gpu:
         kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
         a, b = (torch.randn(MATMUL, MATMUL, device=self.device).to(kind) for _ in range(2))
         matmul = self._seconds(lambda: a @ b)
-        source = torch.empty(COPIED, dtype=torch.uint8, device=self.device).random_()
+        size = min(COPIED, torch.cuda.mem_get_info(self.device)[0] // 3)
+        source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
         copy = self._seconds(lambda: target.copy_(source))
         return {
             "gflop_per_s": 2 * MATMUL**3 / matmul / 1e9,
-            "gb_per_s": 2 * COPIED / copy / 1e9,
-            "measured_with": f"{dtype} matmul of {MATMUL} and copy of 4 GiB, torch {torch.__version__}, {self.name}",
+            "gb_per_s": 2 * size / copy / 1e9,
+            "measured_with": f"{dtype} matmul of {MATMUL} and copy of {size / 2**30:.1f} GiB, "
+            f"torch {torch.__version__}, {self.name}",
         }
 
     def _seconds(self, work: Callable[[], object], repeats: int = 20) -> float:

@@ -45,7 +45,9 @@ class Texts:
                     )
                 )
             )
-            self._contexts = {graph: engine.context(graph, scratch, "scratch") for graph in graphs}
+            self._contexts: dict[str, Any] = {
+                graph: engine.context(graph, scratch, "scratch") for graph in graphs
+            }
             self._made = made.pop_all()
 
     def prompt(self, text: str, feeds: dict[str, Array], *graphs: str) -> Prompt:
