@@ -14,10 +14,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _segment(segments, index, blocks, BLOCK_N: tl.constexpr):
-    """(row of block 0 if the segment began there, row after the last, number of blocks up to its end)."""
-    start = tl.load(segments + 2 * index)
-    length = tl.load(segments + 2 * index + 1)
+def _segment(segments, index, blocks, limit, BLOCK_N: tl.constexpr):
+    """(row of block 0 if the segment began there, row after the last, number of blocks up to its end).
+
+    Cut to rows that are there: TensorRT may time its layers with whatever is in the table's memory.
+    """
+    start = tl.minimum(tl.maximum(tl.load(segments + 2 * index), 0), limit)
+    length = tl.minimum(tl.maximum(tl.load(segments + 2 * index + 1), 0), limit - start)
     return start - blocks * BLOCK_N, start + length, blocks + tl.cdiv(length, BLOCK_N)
 
 
@@ -59,12 +62,13 @@ def dynamic_window_attention(
     cache_v += cache_item
 
     segments += item * 12
-    base0, stop0, end0 = _segment(segments, 0, 0, BLOCK_N)
-    base1, stop1, end1 = _segment(segments, 1, end0, BLOCK_N)
-    base2, stop2, end2 = _segment(segments, 2, end1, BLOCK_N)
-    base3, stop3, end3 = _segment(segments, 3, end2, BLOCK_N)
-    base4, stop4, end4 = _segment(segments, 4, end3, BLOCK_N)
-    base5, stop5, end5 = _segment(segments, 5, end4, BLOCK_N)
+    limit = rows + queries
+    base0, stop0, end0 = _segment(segments, 0, 0, limit, BLOCK_N)
+    base1, stop1, end1 = _segment(segments, 1, end0, limit, BLOCK_N)
+    base2, stop2, end2 = _segment(segments, 2, end1, limit, BLOCK_N)
+    base3, stop3, end3 = _segment(segments, 3, end2, limit, BLOCK_N)
+    base4, stop4, end4 = _segment(segments, 4, end3, limit, BLOCK_N)
+    base5, stop5, end5 = _segment(segments, 5, end4, limit, BLOCK_N)
 
     mine = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_rows = tl.minimum(mine, queries - 1).to(tl.int64) * width

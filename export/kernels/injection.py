@@ -9,14 +9,14 @@ NORM_FLOOR = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _mean(values, ranges, width, columns, inside, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(mean over up to three ranges of rows, number of rows); zeros where there are none."""
+def _mean(values, ranges, rows, width, columns, inside, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(mean over up to three ranges of rows, number of rows); zeros where there are none. Cut to what is there."""
     sums = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     count = 0
     offsets = tl.arange(0, BLOCK_R)
     for index in range(3):
-        start = tl.load(ranges + 2 * index)
-        length = tl.load(ranges + 2 * index + 1)
+        start = tl.minimum(tl.maximum(tl.load(ranges + 2 * index), 0), rows)
+        length = tl.minimum(tl.maximum(tl.load(ranges + 2 * index + 1), 0), rows - start)
         count += length
         for first in range(0, length, BLOCK_R):
             row = first + offsets
@@ -65,11 +65,11 @@ def semantic_injection(
     inside = columns < HEAD
     values = cache_v + place * rows * width + head * HEAD
     ranges = spans + item * 30
-    last, _ = _mean(values, ranges, width, columns, inside, BLOCK_R, BLOCK_D)
-    before, has_before = _mean(values, ranges + 6, width, columns, inside, BLOCK_R, BLOCK_D)
-    recent, _ = _mean(values, ranges + 12, width, columns, inside, BLOCK_R, BLOCK_D)
-    sink, has_sink = _mean(values, ranges + 18, width, columns, inside, BLOCK_R, BLOCK_D)
-    tail, _ = _mean(values, ranges + 24, width, columns, inside, BLOCK_R, BLOCK_D)
+    last, _ = _mean(values, ranges, rows, width, columns, inside, BLOCK_R, BLOCK_D)
+    before, has_before = _mean(values, ranges + 6, rows, width, columns, inside, BLOCK_R, BLOCK_D)
+    recent, _ = _mean(values, ranges + 12, rows, width, columns, inside, BLOCK_R, BLOCK_D)
+    sink, has_sink = _mean(values, ranges + 18, rows, width, columns, inside, BLOCK_R, BLOCK_D)
+    tail, _ = _mean(values, ranges + 24, rows, width, columns, inside, BLOCK_R, BLOCK_D)
     sink = tl.where(has_sink > 0, sink, recent)
 
     own = item.to(tl.int64) * width + head * HEAD + columns

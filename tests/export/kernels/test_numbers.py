@@ -115,6 +115,30 @@ def test_attention_of_no_keys_is_zero(interpreter: Interpreter) -> None:
     assert not interpreter.attention(*given, 0, 0.25).any()
 
 
+WILD = [(-7, 12), (30, 1 << 30), (1 << 30, 1 << 30), (20, -5), (-(1 << 31), (1 << 31) - 1), (69, 3)]
+"""As memory may hold them that nobody has written."""
+
+
+def cut(pair: tuple[int, int], rows: int) -> tuple[int, int]:
+    start = min(max(pair[0], 0), rows)
+    return start, min(max(pair[1], 0), rows - start)
+
+
+def test_tables_never_reach_beyond_the_rows(interpreter: Interpreter) -> None:
+    given = tensors(Case("wild", [[(0, CACHE + 21)]]), torch.float32)
+    wild, tame = torch.tensor([WILD]), torch.tensor([[cut(pair, CACHE + 21) for pair in WILD]])
+    wild, tame = (table.to(torch.int32) for table in (wild, tame))
+    seen = interpreter.attention(*given[:5], wild, 1, 0.25).double().numpy()
+    assert np.abs(seen - softmax_in_float64((*given[:5], tame), 1, 0.25)).max() < TOLERANCE["fp32"]
+    values = torch.randn(1, 1, CACHE, 2, 16, generator=torch.Generator().manual_seed(9))
+    signatures, one = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(10)), torch.ones(1)
+    both = [
+        interpreter.injection(values, torch.tensor([[table[:3]] * 5]).to(torch.int32), *signatures, one, one)
+        for table in (WILD, [cut(pair, CACHE) for pair in WILD])
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
 SPANS = {
     "all spans": [[(20, 10)], [(10, 10)], [(20, 10), (5, 3)], [(0, 9)], [(14, 16), (3, 2), (40, 10)]],
     "fewer than two frames": [[(20, 10)], [], [(20, 10)], [(20, 3)], [(20, 10)]],
