@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -27,6 +27,10 @@ CLOSING = 0.5
 """Seconds between the end of a client's messages and the end of its session. A call that breaks ends its messages too,
 and is cancelled a moment later: that is no wish to stop."""
 
+HEARING = 3
+"""Turns of the event loop before a write, in which a cancel that has arrived is heard: a write to a call that is gone
+fails, and a failed one is not freed."""
+
 
 class GenerationService:
     """Handlers over a manager's sessions."""
@@ -35,7 +39,7 @@ class GenerationService:
         self._manager = manager
         self._tokens = tokens
         self._version = version
-        self._readers: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def handler(self) -> Any:
         """For `grpc.aio.Server.add_generic_rpc_handlers`.
@@ -91,13 +95,10 @@ class GenerationService:
         with tracing.call("Generate", client=identity.name) as span:
             session, outbox = await self._begin(context, identity)
             span.note(session=session.id)
-            self._read_on(context, session, outbox)
+            self._run(self._read(context, session, outbox), f"read {session.id}")
+            writer = self._run(self._write(context, session, outbox), f"write {session.id}")
             try:
-                while (message := await outbox.get()) is not None:
-                    await context.write(message)
-            except grpc.aio.BaseError:  # a write that was under way when the client went
-                log.info("the client went", extra={"session": session.id})
-                return
+                await asyncio.shield(writer)
             finally:
                 self._manager.detach(session, outbox)
                 outbox.close()
@@ -121,21 +122,32 @@ class GenerationService:
             return await self._manager.reattach(identity.name, first.reattach)
         raise wrong_order(f"the first message is {kind}: send start or reattach first")
 
-    def _read_on(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
-        """Take messages beside the writing. The task ends by itself when the call has ended.
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Read or write a call, in a task that ends by itself when the call has ended.
 
-        It is never cancelled: a grpc.aio read that is cancelled never frees its operation (grpc/grpc issue 43360).
+        It is never cancelled: grpc.aio frees an operation only where somebody awaits its end (grpc/grpc issue 43360).
         """
-        task = asyncio.create_task(self._read(context, session, outbox), name=f"read {session.id}")
-        self._readers.add(task)
-        task.add_done_callback(self._readers.discard)
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _write(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
+        """Send what the outbox has, until its end or the call's."""
+        try:
+            while (message := await outbox.get()) is not None:
+                for _ in range(HEARING):
+                    await asyncio.sleep(0)
+                if outbox.closed:
+                    return
+                await context.write(message)
+        except grpc.aio.BaseError:
+            log.info("the client went", extra={"session": session.id})
 
     async def _read(self, context: Any, session: ServedSession, outbox: Outbox) -> None:
         """Take messages until the call ends. What goes wrong ends the session."""
         try:
-            while (
-                session.outbox is outbox
-            ):  # reading from a call that has ended leaves its operation behind, too
+            while session.outbox is outbox:  # a read from a call that has ended would be lost, too
                 message = await context.read()
                 if message is grpc.aio.EOF:
                     self._manager.loop.call_later(CLOSING, self._closed, session, outbox)

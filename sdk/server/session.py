@@ -33,6 +33,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.outcome: pb.Ended | Refusal | None = None
+        self.closed = False
         self._messages: deque[bytes] = deque()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -58,14 +59,16 @@ class Outbox:
             self._changed.set()
 
     def close(self) -> None:
-        """Nobody takes messages any more: nobody waits for room."""
+        """The call has ended: nothing is sent any more, and nobody waits for room."""
+        self.closed = True
         self._messages.clear()
         self._room.set()
+        self._changed.set()
 
     async def get(self) -> bytes | None:
         """The next message; None after the last."""
         while not self._messages:
-            if self.outcome is not None:
+            if self.outcome is not None or self.closed:
                 return None
             self._changed.clear()
             await self._changed.wait()
