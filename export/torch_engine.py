@@ -245,13 +245,16 @@ class TorchSession:
         decoder, frames = self.engine.decoder, []
         if decoder is None:
             raise UsageError("this engine was made without a decoder: give it one to get frames")
-        if self.vae_caches is None:
-            first, self.vae_caches = decoder.decode_first(x[:, :1])
+        caches = self.vae_caches
+        if caches is None:
+            first, caches = decoder.decode_first(x[:, :1])
             frames.append(first)
             x = x[:, 1:]
         if x.shape[1]:
-            later, self.vae_caches = self.engine.decode(x, self.vae_caches)
+            later, caches = self.engine.decode(x, caches)
             frames.append(later)
+        # Each is the end of an activation, all of which it would keep: copies take a sixth, and keep their strides.
+        self.vae_caches = [cache.clone() for cache in caches]
         return frames[0] if len(frames) == 1 else torch.cat(frames, 1)
 
     def export_state(self) -> dict[str, NDArray[Any]]:

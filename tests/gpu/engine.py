@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import sys
 import time
@@ -29,7 +30,7 @@ from swiftvideo.export.torch_engine import TorchEngine, TorchSession
 from swiftvideo.export.verify import LEVELS, RELATIVE
 from swiftvideo.export.verify_inputs import segment_tables
 from swiftvideo.runtime.engine import Int32, Prompt
-from swiftvideo.runtime.geometry import BridgeSettings, Geometry, PolicySettings
+from swiftvideo.runtime.geometry import BridgeSettings, Geometry, PolicySettings, WindowSettings
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.positions import rotation, time_tables
 from swiftvideo.runtime.rollout import Rollout
@@ -37,8 +38,10 @@ from swiftvideo.sdk.limits import Gpu, cpu_limits, gpu_of
 from swiftvideo.sdk.machine import describe
 
 MODEL, HEIGHT, WIDTH = "wan2.1-t2v-1.3b", 480, 832
-BRIDGED = PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0))
-RECACHED = PolicySettings(policy="recache")
+WHOLE = WindowSettings(enabled=False)
+"""A switch widens the window; with a whole one always, what is measured is the switch."""
+BRIDGED = PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0), window=WHOLE)
+RECACHED = PolicySettings(policy="recache", window=WHOLE)
 ABLATIONS: dict[str, Options] = {
     "all": Options(),
     "no graph": Options(graphs=False),
@@ -115,6 +118,12 @@ class Bench:
         self.wait()
         return (time.perf_counter() - begin) / repeats
 
+    def clean(self) -> None:
+        """Free what nothing refers to: engines and sessions are in cycles."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -136,6 +145,7 @@ def numbers(bench: Bench) -> dict[str, float]:
         "cross_v": error(prompts[0][0].cross[1], prompts[0][1].cross[1]),
     }
     sessions: list[TorchSession] = [engine.open() for engine in engines]
+    bench.wait()  # their caches are cleared on streams of their own
     generator = torch.Generator(bench.device).manual_seed(3)
     for name in ("cache_k", "cache_v"):
         values = torch.randn(sessions[0].cache_k.shape, generator=generator, device=bench.device)
@@ -238,10 +248,12 @@ def stages(bench: Bench, engine: CudaEngine, limits: dict[str, Any], repeats: in
         fixed = flop(forward(bench, reference, smallest)) - per_key * smallest * g.frame_tokens
         decode = flop(decoding(bench, reference))
     del reference
+    bench.clean()
     for window in range(smallest, g.window + 1):
         rows[f"forward, window {window}"] = row(
             forward(bench, engine, window), fixed + per_key * window * g.frame_tokens
         )
+        bench.clean()
     rows["decode"] = row(decoding(bench, engine), decode)
     return rows
 
@@ -253,13 +265,14 @@ def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
     gpu = gpu_of(engine)
     result: dict[str, Any] = {"weights_mib": gpu.memory_mib() if gpu else None}
     for decoded in (False, True):
-        rollout, walls = roll(bench, engine, prompts, PolicySettings()), []
+        rollout, walls, windows = roll(bench, engine, prompts, PolicySettings()), [], []
         for _ in range(chunks):
             begin = time.perf_counter()
             step = rollout.advance()
             if decoded:
                 rollout.tensors.decode(step.latents)
             walls.append(1000 * (time.perf_counter() - begin))
+            windows.append(step.window)
         bench.wait()
         early, late = (float(np.median(part)) for part in (walls[10:30], walls[-20:]))
         result["with_vae" if decoded else "without_vae"] = {
@@ -267,6 +280,7 @@ def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
             "ms_early": early,
             "ms_late": late,
             "p99": float(np.percentile(walls[10:], 99)),
+            "mean_window": float(np.mean(windows[10:])),
         }
         rollout.close()
     result["one_session_mib"] = gpu.memory_mib() if gpu else None
@@ -296,8 +310,7 @@ def ablations(bench: Bench, repeats: int) -> dict[str, dict[str, float]]:
             "decode_ms": 1000 * bench.seconds(decoding(bench, engine), repeats),
         }
         del engine
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        bench.clean()
     return rows
 
 
@@ -332,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--chunks", type=int, default=200, help="of each video that is timed; at least 40")
     parser.add_argument("--repeats", type=int, default=20, help="of each stage that is timed")
-    parser.add_argument("--quick", action="store_true", help="without ablations and profile")
+    parser.add_argument("--only", nargs="*", help="of stages, video, ablations, profile; numbers come first")
     given = parser.parse_args(arguments)
     if not given.rehearse and not torch.cuda.is_available():
         print(
@@ -354,23 +367,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {**describe(), "model": source.kind, "dtype": bench.dtype, "limits": limits}
     result["numbers"] = numbers(bench)
     result["passed"] = passed(result["numbers"], bench.dtype)
-    print(json.dumps(result, indent=1), flush=True)
-    if result["passed"]:
-        engine = bench.engine()
-        timings: dict[str, Callable[[], Any]] = {
-            "stages": lambda: stages(bench, engine, limits, given.repeats),
-            "video": lambda: video(bench, engine, given.chunks),
-        }
-        if not given.quick:
-            timings["ablations"] = lambda: ablations(bench, given.repeats)
-            timings["profile"] = lambda: profile(bench, bench.engine(Options(graphs=False)))
-        for name, work in timings.items():  # printed one by one, so that an interrupted run leaves something
-            result[name] = work()
-            print(json.dumps({name: result[name]}, indent=1), flush=True)
-            if given.json:
-                given.json.write_text(json.dumps(result, indent=1) + "\n")
-    elif given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    timings: dict[str, Callable[[], Any]] = {
+        "stages": lambda: stages(bench, bench.engine(), limits, given.repeats),
+        "video": lambda: video(bench, bench.engine(), given.chunks),
+        "ablations": lambda: ablations(bench, given.repeats),
+        "profile": lambda: profile(bench, bench.engine(Options(graphs=False))),
+    }
+    wanted = [name for name in timings if result["passed"] and (not given.only or name in given.only)]
+    for name in ("numbers", *wanted):  # told one by one, so that an interrupted run leaves something
+        bench.clean()
+        if name in timings:
+            result[name] = timings[name]()
+        print(json.dumps({name: result[name]}, indent=1), flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if result["passed"] else 1
 
 

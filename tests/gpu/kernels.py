@@ -158,6 +158,7 @@ def attention(kernel: Kernel, rate: float) -> list[dict[str, Any]]:
                 "window": window,
                 "keys": keys,
                 "largest_value": float(exact.abs().max()),
+                "rms_value": float(exact.square().mean().sqrt()),
                 "max_error": float((work.o.double() - exact).abs().max()),
                 "rms_error": float((work.o.double() - exact).square().mean().sqrt()),
                 "torch_max_error": float((theirs.double() - exact).abs().max()),
@@ -187,8 +188,11 @@ def replayed(kernel: Kernel) -> dict[str, Any]:
         work.table.copy_(table_of(segments(window)))
         work.o.fill_(float("nan"))
         graph.replay()
-        errors[str(window)] = float((work.o.double() - work.exact(segments(window))).abs().max())
-    return {"max_error_by_window": errors}
+        exact = work.exact(segments(window))
+        errors[str(window)] = float(
+            (work.o.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        )
+    return {"rms_error_by_window": errors}
 
 
 def huge_logits(kernel: Kernel) -> dict[str, Any]:
@@ -323,11 +327,11 @@ def tuned(capability: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tiles": [tiles.queries, tiles.keys, tiles.warps, tiles.stages]}
         try:
             work = Attention(compile_kernel(ATTENTION, capability, "bf16", HEAD, tiles).kernel)
-        except Exception as error:  # noqa: BLE001  # a size that does not compile is a result
+            work.table.copy_(table_of(segments(9)))
+            took = milliseconds(work)
+        except Exception as error:  # noqa: BLE001  # a size that does not compile or run is a result
             found.append(row | {"error": str(error)[:200]})
             continue
-        work.table.copy_(table_of(segments(9)))
-        took = milliseconds(work)
         found.append(row | {"ms": took, "tflops": 4 * QUERIES * 9 * P * HEADS * HEAD / took / 1e9})
     return sorted(found, key=lambda row: row.get("ms", float("inf")))
 
@@ -374,9 +378,11 @@ def main() -> int:
     result["injection"] = injection(kernels[INJECTION])
     result["rows"] = rows(kernels)
     result["tensorrt_rtx"] = rtx()
-    if arguments.tune:
-        result["tuning"] = tuned(capability)
     result["passed"] = passed(result)
+    if arguments.tune:
+        if arguments.json:  # a size that brings the GPU down leaves the rest
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        result["tuning"] = tuned(capability)
     text = json.dumps(result, indent=1)
     if arguments.json:
         arguments.json.write_text(text + "\n")
@@ -390,9 +396,12 @@ def vars_of(tiles: Tiles) -> dict[str, int]:
 
 
 def passed(result: dict[str, Any]) -> bool:
-    """Whether all numbers are right; speed is not judged. bfloat16 keeps 8 bits: half a unit of the last is 2^-9."""
-    exact = all(r["max_error"] < max(4e-3, 2**-7 * r["largest_value"]) for r in result["attention"])
-    replay = all(error < 4e-2 for error in result["graph_replay"]["max_error_by_window"].values())
+    """Whether all numbers are right; speed is not judged. bfloat16 keeps 8 bits: half a unit of the last is 2^-9.
+
+    One row of keys that is lost in a window of twelve frames is an error of 6e-3 in the mean of squares.
+    """
+    exact = all(r["rms_error"] < 4e-3 * r["rms_value"] for r in result["attention"])
+    replay = all(error < 4e-3 for error in result["graph_replay"]["rms_error_by_window"].values())
     injected = result["injection"]["max_error"] < 2e-2
     moved = result["rows"]["commit"]["exact"] and result["rows"]["place"]["max_error"] < 4e-2
     return bool(exact and replay and injected and moved and result["huge_logits"]["max_error"] < 8e-2)
