@@ -6,7 +6,8 @@
   the GPU when the engine is made: no key is gathered, and nothing waits for the table's lengths.
 - torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, GELU, gates.
 - The VAE's weights lie channels last; it decodes on a stream of its own, beside the context pass.
-- What goes to the host or comes from it passes through pinned memory, and only x0 and the frames are waited for.
+- What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
+  made are waited for.
 
 Each is an option, so that each can be measured (tests/gpu/engine.py). With `rehearse` the same code runs on the CPU,
 with plain calls in the place of graphs and the torch reference in the place of kernels.
@@ -145,6 +146,7 @@ class _Buffers:
         self.time_cos, self.time_sin = (
             torch.zeros(batch, frames, g.time_pairs, device=device) for _ in range(2)
         )
+        self.captured = session.engine.options.graphs and frames == session.engine.geometry.chunk
         self.made: tuple[Tensor, Tensor, Tensor] | None = None
         self.run: Callable[[], None] | None = None
 
@@ -226,9 +228,11 @@ class CudaSession(TorchSession):
         return clean
 
     def commit(self, ranges: Int32) -> None:
-        """See `EngineSession.commit`."""
+        """See `EngineSession.commit`; K and V of a recache, far larger than a chunk's, are given back."""
         with self.lane():
             super().commit(ranges)
+        if self.current is not None and not self.current.captured:
+            self.current.made = self.fresh = None
 
     def inject(
         self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float
@@ -245,7 +249,7 @@ class CudaSession(TorchSession):
                 rho,
                 np.full(batch, mix, np.float32),
             )
-            inputs = [self.engine.tensor(np.ascontiguousarray(value)) for value in values]
+            inputs = [self.lane.send(value) for value in values]
             bridge, anchor = (self.cache_v.new_empty(g.layers, batch, k, g.heads, g.head_dim) for k in (2, 1))
             self._launch(
                 "SemanticInjection",
@@ -257,8 +261,10 @@ class CudaSession(TorchSession):
 
     def write_memory(self, row: int, tokens: Float32) -> None:
         """See `EngineSession.write_memory`."""
+        value = self.lane.send(tokens)
         with self.lane():
-            super().write_memory(row, tokens)
+            for cache in (self.cache_k, self.cache_v):
+                cache[:, :, row : row + value.shape[2]] = value
 
     def place_sink(self, cos: Float64, sin: Float64) -> None:
         """See `EngineSession.place_sink`."""
@@ -275,9 +281,7 @@ class CudaSession(TorchSession):
         """See `EngineSession.decode`; on a stream of its own, so that it overlaps with the context pass."""
         self._check_open()
         with self.decoding():
-            x = torch.empty(latents.shape, device=self.engine.device)
-            self.decoding.upload(x, latents)
-            video = self._video(x)
+            video = self._video(self.decoding.send(latents))
         frames: Frames = self.decoding.download(video).numpy()
         return frames
 
@@ -311,7 +315,7 @@ class CudaSession(TorchSession):
             now.latents.copy_(following)
             now.made = x0, fresh_k, fresh_v
 
-        if not self.engine.options.graphs or now.latents.shape[1] != self.engine.geometry.chunk:
+        if not now.captured:
             return forward
         with self.lane():  # after the upload, which is still on its way
             loaded = now.latents.clone()
@@ -350,7 +354,7 @@ class CudaSession(TorchSession):
             super()._turn(source, first, count, cos, sin)
             return
         g = self.engine.geometry
-        tables = [self.engine.tensor(table.astype(np.float32)) for table in (cos, sin)]
+        tables = [self.lane.send(table.astype(np.float32)) for table in (cos, sin)]
         self._launch(
             "PlaceRows",
             {"count": count, "heads": g.heads, "items": g.layers * self.batch},

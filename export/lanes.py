@@ -31,9 +31,13 @@ class Lane:
 
     def upload(self, target: Tensor, value: NDArray[Any]) -> None:
         """Copy into a tensor of this lane without waiting; `value` may change afterwards."""
-        host = torch.from_numpy(np.array(value, order="C"))
         with self():
-            target.copy_(host if self.stream is None else host.pin_memory(), non_blocking=True)
+            target.copy_(self._host(value), non_blocking=True)
+
+    def send(self, value: NDArray[Any]) -> Tensor:
+        """A new tensor of this lane, without waiting; `value` may change afterwards."""
+        with self():
+            return self._host(value).to(self.device, non_blocking=True)
 
     def download(self, value: Tensor) -> Tensor:
         """A copy in (pinned) host memory, there when this returns."""
@@ -42,6 +46,11 @@ class Lane:
             host.copy_(value, non_blocking=True)
         self.wait()
         return host
+
+    def _host(self, value: NDArray[Any]) -> Tensor:
+        """A copy that the GPU can read by itself."""
+        host = torch.from_numpy(np.array(value, order="C"))
+        return host if self.stream is None else host.pin_memory()
 
     def wait(self) -> None:
         """Until all work so far is done."""

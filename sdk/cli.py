@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
+from .machine import version
 from .server.command import serve
 
 app = typer.Typer(
@@ -36,16 +37,6 @@ Threads = Annotated[
 PolicyName = Annotated[
     str | None, typer.Option("--policy", help="swift, recache, keep or cut; the bundle's if absent.")
 ]
-
-
-def version() -> str:
-    """Version of the installed package."""
-    from importlib.metadata import PackageNotFoundError, version as installed
-
-    try:
-        return installed("swiftvideo")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def _print_version(wanted: bool) -> None:

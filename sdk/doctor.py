@@ -13,6 +13,8 @@ from rich.text import Text
 
 from swiftvideo.runtime.engines.host import usable_cores
 
+from .machine import version
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -25,7 +27,6 @@ class Finding:
 
 def findings() -> list[Finding]:
     """Python, machine, engines, GPUs, codec and the parts for exporting, in that order."""
-    from .cli import version
     from .gpus import gpu_findings
     from .video import OutputError, choose_codec
 

@@ -18,8 +18,6 @@ LIBRARIES = ("numpy", "onnxruntime", "av", "torch", "onnx")
 
 def describe() -> dict[str, Any]:
     """Machine, commit and versions, as plain values; absent things are None."""
-    from .cli import version
-
     return {
         "machine": {
             "cpu": _cpu(),
@@ -31,6 +29,14 @@ def describe() -> dict[str, Any]:
         "versions": {"swiftvideo": version(), "python": platform.python_version(), **_libraries()},
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def version() -> str:
+    """Version of the installed package."""
+    try:
+        return importlib.metadata.version("swiftvideo")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
 
 
 def commit() -> str | None:

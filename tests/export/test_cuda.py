@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,36 @@ def test_a_state_goes_on_in_place() -> None:
     state["cache_k"] = state["cache_k"] + 2
     session.import_state(state)
     assert session.cache_k.data_ptr() == address and float(session.cache_k.min()) == 2
+
+
+def test_a_recache_leaves_nothing_behind() -> None:
+    """K and V of its frames are many times a chunk's; a chunk's stay, where the captured graph writes them."""
+    _, engine = engines()
+    g = engine.geometry
+    embeds = np.random.default_rng(1).standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
+    prompts = [engine.condition(value) for value in embeds]
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    rollout = Rollout(engine, PolicySettings(policy="recache"), prompts[0], PhiloxNoise(4, shape))
+    session: Any = rollout.tensors
+    seen, commit = [], session.commit
+
+    def committed(ranges: Any) -> None:
+        made = [weakref.ref(value) for value in session.current.made[1:]]
+        frames = session.current.latents.shape[1]
+        commit(ranges)
+        seen.append((frames, [value() is not None for value in made]))
+
+    session.commit = committed
+    rollout.ask(prompts[1], 2 * g.chunk)
+    for _ in range(3):
+        rollout.advance()
+    assert seen == [
+        (g.chunk, [True, True]),
+        (g.chunk, [True, True]),
+        (2 * g.chunk, [False, False]),
+        (g.chunk, [True, True]),
+    ]
+    rollout.close()
 
 
 def test_sessions_do_not_share_buffers() -> None:

@@ -264,9 +264,14 @@ def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
     frames = g.chunk * g.temporal_stride
     gpu = gpu_of(engine)
     result: dict[str, Any] = {"weights_mib": gpu.memory_mib() if gpu else None}
-    for decoded in (False, True):
-        rollout, walls, windows = roll(bench, engine, prompts, PolicySettings()), [], []
-        for _ in range(chunks):
+    usual, whole = PolicySettings(), PolicySettings(window=WHOLE)
+    for name, settings, decoded, count in (
+        ("without_vae", usual, False, chunks),
+        ("with_vae", usual, True, chunks),
+        ("without_vae, whole window", whole, False, min(chunks, 60)),
+    ):
+        rollout, walls, windows = roll(bench, engine, prompts, settings), [], []
+        for _ in range(count):
             begin = time.perf_counter()
             step = rollout.advance()
             if decoded:
@@ -275,7 +280,7 @@ def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
             windows.append(step.window)
         bench.wait()
         early, late = (float(np.median(part)) for part in (walls[10:30], walls[-20:]))
-        result["with_vae" if decoded else "without_vae"] = {
+        result[name] = {
             "frames_per_second": 1000 * frames / float(np.median(walls[10:])),
             "ms_early": early,
             "ms_late": late,

@@ -127,3 +127,35 @@ def test_engines_without_a_gpu_have_none() -> None:
         device = np.dtype(np.float32)
 
     assert limits.gpu_of(Plain()) is None and limits.gpu_of(object()) is None
+
+
+def test_speed_without_decoding_is_that_of_chunks_the_host_waited_for(
+    tiny_bundle: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the context pass runs beside the host, and would be counted as decoding."""
+
+    class Gpu:
+        name, waits = "a GPU", 0
+
+        def wait(self) -> None:
+            self.waits += 1
+
+        def memory_mib(self) -> dict[str, float]:
+            return {"allocated": 1.0}
+
+        def limits(self, dtype: str) -> dict[str, Any]:
+            return {"gflop_per_s": 1.0, "gb_per_s": 1.0, "measured_with": dtype}
+
+    gpu, made, counted = Gpu(), [], bench.steady_figures
+    monkeypatch.setattr(bench, "gpu_of", lambda engine: gpu)
+    monkeypatch.setattr(bench, "steady_figures", lambda timed: made.append(counted(timed)) or made[-1])
+    result = bench.measure(tiny_bundle, 6, None, "onnxruntime", 1, 0)
+    beside, apart = made
+    assert gpu.waits == 3, "half as many chunks are waited for"
+    assert result["stages"] == apart["stages"] != beside["stages"]
+    speed = result["frames_per_second"]
+    assert (
+        speed["without_decoding"] == apart["frames_per_second"]["without_decoding"]
+        and speed["with_decoding"] > 0
+    )
+    assert result["chunk"] == beside["chunk"] and result["gpu"] == "a GPU"
