@@ -52,8 +52,7 @@ class CacheLife(RuleBasedStateMachine):
     @rule(global_sink=st.booleans())
     def switch_with_full_recache(self, global_sink: bool) -> None:
         self.mirror.set_memory(False, self.mirror.oracle.anchors)
-        begin = self.mirror.oracle.base // self.mirror.oracle.P
-        frames = min(self.window, self.at - begin)
+        frames = self.mirror.oracle.L // self.mirror.oracle.P  # an odd forward may have left fewer than fit
         keys = self.mirror.forward(self.at - frames, frames, self.window, not global_sink)
         assert keys is not None
 
