@@ -174,6 +174,10 @@ class CudaSession(TorchSession):
         self.buffers: dict[int, _Buffers] = {}
         self.current: _Buffers | None = None
 
+    def sent(self, value: NDArray[Any]) -> Tensor:
+        """A tensor of the session's lane; nothing waits for the copy."""
+        return self.lane.send(value)
+
     def load(self, latents: Float32) -> None:
         """See `EngineSession.load`."""
         self._check_open()
@@ -249,7 +253,7 @@ class CudaSession(TorchSession):
                 rho,
                 np.full(batch, mix, np.float32),
             )
-            inputs = [self.lane.send(value) for value in values]
+            inputs = [self.sent(value) for value in values]
             bridge, anchor = (self.cache_v.new_empty(g.layers, batch, k, g.heads, g.head_dim) for k in (2, 1))
             self._launch(
                 "SemanticInjection",
@@ -261,10 +265,8 @@ class CudaSession(TorchSession):
 
     def write_memory(self, row: int, tokens: Float32) -> None:
         """See `EngineSession.write_memory`."""
-        value = self.lane.send(tokens)
         with self.lane():
-            for cache in (self.cache_k, self.cache_v):
-                cache[:, :, row : row + value.shape[2]] = value
+            super().write_memory(row, tokens)
 
     def place_sink(self, cos: Float64, sin: Float64) -> None:
         """See `EngineSession.place_sink`."""
@@ -354,7 +356,7 @@ class CudaSession(TorchSession):
             super()._turn(source, first, count, cos, sin)
             return
         g = self.engine.geometry
-        tables = [self.lane.send(table.astype(np.float32)) for table in (cos, sin)]
+        tables = [self.sent(table.astype(np.float32)) for table in (cos, sin)]
         self._launch(
             "PlaceRows",
             {"count": count, "heads": g.heads, "items": g.layers * self.batch},

@@ -47,11 +47,6 @@ class Lane:
         self.wait()
         return host
 
-    def _host(self, value: NDArray[Any]) -> Tensor:
-        """A copy that the GPU can read by itself."""
-        host = torch.from_numpy(np.array(value, order="C"))
-        return host if self.stream is None else host.pin_memory()
-
     def wait(self) -> None:
         """Until all work so far is done."""
         if self.stream is not None:
@@ -69,3 +64,8 @@ class Lane:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def _host(self, value: NDArray[Any]) -> Tensor:
+        """A copy that the GPU can read by itself."""
+        host = torch.from_numpy(np.array(value, order="C"))
+        return host if self.stream is None else host.pin_memory()

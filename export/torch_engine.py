@@ -145,6 +145,10 @@ class TorchSession:
         self.fresh: tuple[Tensor, Tensor] | None = None
         self.closed = False
 
+    def sent(self, value: NDArray[Any]) -> Tensor:
+        """A tensor on the engine's device, for those that send it otherwise."""
+        return self.engine.tensor(value)
+
     def load(self, latents: Float32) -> None:
         """See `EngineSession.load`."""
         self.latents = self.engine.tensor(latents)
@@ -206,20 +210,19 @@ class TorchSession:
         self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float
     ) -> tuple[Float32, Float32]:
         """See `EngineSession.inject`."""
-        tensor = self.engine.tensor
         bridge, anchor = semantic_injection(
             self.cache_v,
-            tensor(spans).expand(self.batch, 5, 3, 2),
-            tensor(old),
-            tensor(new),
-            tensor(rho),
+            self.sent(spans).expand(self.batch, 5, 3, 2),
+            self.sent(old),
+            self.sent(new),
+            self.sent(rho),
             torch.full((self.batch,), mix, device=self.engine.device),
         )
         return array(bridge), array(anchor)
 
     def write_memory(self, row: int, tokens: Float32) -> None:
         """See `EngineSession.write_memory`."""
-        value = self.engine.tensor(tokens).to(self.cache_k.dtype)
+        value = self.sent(tokens).to(self.cache_k.dtype)
         self.cache_k[:, :, row : row + value.shape[2]] = value
         self.cache_v[:, :, row : row + value.shape[2]] = value
 
@@ -293,7 +296,7 @@ class TorchSession:
 
     def _turn(self, source: Tensor, first: int, count: int, cos: Float64, sin: Float64) -> None:
         """K of rows first.. = rows 0..count of source [L,B,rows,n,d], their time pairs, which come first, rotated."""
-        c, s, width = self.engine.tensor(cos), self.engine.tensor(sin), 2 * len(cos)
+        c, s, width = self.sent(cos), self.sent(sin), 2 * len(cos)
         keys = source[:, :, :count]
         even, odd = keys[..., 0:width:2].double(), keys[..., 1:width:2].double()
         turned = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)

@@ -48,13 +48,7 @@ def run(
     engine: TorchEngine, chunks: int, settings: PolicySettings
 ) -> tuple[list[Step], list[Any], dict[str, Any]]:
     """Chunks with a switch in the third, their frames, and the session's state after them."""
-    g = engine.geometry
-    generator = np.random.default_rng(1)
-    embeds = generator.standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
-    prompts = [engine.condition(value) for value in embeds]
-    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
-    rollout = Rollout(engine, settings, prompts[0], PhiloxNoise(4, shape))
-    rollout.ask(prompts[1], 2 * g.chunk)
+    rollout = switching(engine, settings)
     steps, frames = [], []
     for _ in range(chunks):
         steps.append(rollout.advance())
@@ -62,6 +56,18 @@ def run(
     state = rollout.tensors.export_state()
     rollout.close()
     return steps, frames, state
+
+
+def switching(engine: TorchEngine, settings: PolicySettings) -> Rollout:
+    """A video whose prompt changes in its third chunk."""
+    g = engine.geometry
+    generator = np.random.default_rng(1)
+    embeds = generator.standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
+    prompts = [engine.condition(value) for value in embeds]
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    rollout = Rollout(engine, settings, prompts[0], PhiloxNoise(4, shape))
+    rollout.ask(prompts[1], 2 * g.chunk)
+    return rollout
 
 
 @pytest.mark.parametrize("policy", ["swift", "recache"])
@@ -128,11 +134,8 @@ def test_a_state_goes_on_in_place() -> None:
 def test_a_recache_leaves_nothing_behind() -> None:
     """K and V of its frames are many times a chunk's; a chunk's stay, where the captured graph writes them."""
     _, engine = engines()
-    g = engine.geometry
-    embeds = np.random.default_rng(1).standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
-    prompts = [engine.condition(value) for value in embeds]
-    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
-    rollout = Rollout(engine, PolicySettings(policy="recache"), prompts[0], PhiloxNoise(4, shape))
+    chunk = engine.geometry.chunk
+    rollout = switching(engine, PolicySettings(policy="recache"))
     session: Any = rollout.tensors
     seen, commit = [], session.commit
 
@@ -143,14 +146,13 @@ def test_a_recache_leaves_nothing_behind() -> None:
         seen.append((frames, [value() is not None for value in made]))
 
     session.commit = committed
-    rollout.ask(prompts[1], 2 * g.chunk)
     for _ in range(3):
         rollout.advance()
     assert seen == [
-        (g.chunk, [True, True]),
-        (g.chunk, [True, True]),
-        (2 * g.chunk, [False, False]),
-        (g.chunk, [True, True]),
+        (chunk, [True, True]),
+        (chunk, [True, True]),
+        (2 * chunk, [False, False]),
+        (chunk, [True, True]),
     ]
     rollout.close()
 

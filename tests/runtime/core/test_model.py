@@ -26,6 +26,7 @@ class CacheLife(RuleBasedStateMachine):
         self.chunk = max(1, min(max(chunk, sink), self.window - sink))
         self.mirror = Mirror(frame_tokens, self.window, sink, max_anchors)
         self.at = 0
+        self.odd = False
 
     @property
     def frames(self) -> int:
@@ -52,7 +53,9 @@ class CacheLife(RuleBasedStateMachine):
     @rule(global_sink=st.booleans())
     def switch_with_full_recache(self, global_sink: bool) -> None:
         self.mirror.set_memory(False, self.mirror.oracle.anchors)
-        frames = self.mirror.oracle.L // self.mirror.oracle.P  # an odd forward may have left fewer than fit
+        begin = self.mirror.oracle.base // self.mirror.oracle.P
+        frames = self.mirror.oracle.L // self.mirror.oracle.P
+        assert frames == min(self.window, self.at - begin) or self.odd, "fewer than fit are kept"
         keys = self.mirror.forward(self.at - frames, frames, self.window, not global_sink)
         assert keys is not None
 
@@ -63,13 +66,14 @@ class CacheLife(RuleBasedStateMachine):
     @rule(gap=st.integers(0, 1000) | st.integers(10**6, 10**12))
     def cut(self, gap: int) -> None:
         self.at = gap
+        self.odd = False
         self.mirror.clear(gap)
 
     @rule(
         back=st.integers(-3, 20), frames=st.integers(-1, 15), window=st.integers(-1, 15), force=st.booleans()
     )
     def odd_forward(self, back: int, frames: int, window: int, force: bool) -> None:
-        self.mirror.forward(self.at - back, frames, window, force)
+        self.odd |= self.mirror.forward(self.at - back, frames, window, force) is not None
         self.at = self.mirror.oracle.G // self.mirror.oracle.P
 
     @precondition(lambda self: 0 < self.mirror.oracle.L == self.mirror.oracle.G - self.mirror.oracle.base)
