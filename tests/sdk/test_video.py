@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
 from swiftvideo.sdk import video
 from swiftvideo.sdk.video import OutputError, VideoWriter, check_output, choose_codec
 
+ROOT = Path(__file__).parents[2]
 COLOURS = np.array([(230, 30, 30), (30, 200, 60), (40, 60, 220), (250, 250, 250), (5, 5, 5)], np.uint8)
 
 
@@ -22,6 +24,16 @@ def colours(count: int, size: int = 64) -> NDArray[np.uint8]:
     """`count` plain frames, each of the next colour."""
     frames = np.empty((count, size, size, 3), np.uint8)
     frames[:] = COLOURS[np.arange(count) % len(COLOURS)][:, None, None]
+    return frames
+
+
+def moving(count: int, size: int = 64) -> NDArray[np.uint8]:
+    """`count` frames of a disc that moves over a shaded ground."""
+    y, x = np.mgrid[:size, :size]
+    frames = np.empty((count, size, size, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[:] = (np.stack([x, y, x + y], -1) + 8 * number) % 256 // 2
+        frame[(x - 16 - 3 * number) ** 2 + (y - 32) ** 2 < 144] = COLOURS[0]
     return frames
 
 
@@ -54,6 +66,27 @@ def test_it_is_an_ordinary_mp4_that_players_know(tmp_path: Path) -> None:
         assert float(stream.duration * stream.time_base) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg4", "the service's h264"])
+def test_the_same_frames_give_the_same_file(tmp_path: Path, encoder: str) -> None:
+    """Also where the encoder's memory held other bytes before: glibc fills it with those of `MALLOC_PERTURB_`."""
+    out = tmp_path / "a.mp4"
+    program = f"""
+from swiftvideo.sdk.server.payload import pack, pb
+from tests.sdk.test_video import *
+if {encoder!r} in video.CODECS:
+    with VideoWriter({str(out)!r}, 64, 64, 12, {encoder!r}) as writer:
+        writer.write(moving(8))
+else:
+    Path({str(out)!r}).write_bytes(pack(moving(8), pb.ENCODING_H264, 12)[0])
+"""
+    files = set()
+    for byte in ("0", "85", "170"):
+        environment = {**os.environ, "MALLOC_PERTURB_": byte}
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, env=environment)
+        files.add(out.read_bytes())
+    assert len(files) == 1
+
+
 def test_a_killed_writer_leaves_a_file_that_plays(tmp_path: Path) -> None:
     program = f"""
 import os
@@ -62,8 +95,7 @@ writer = VideoWriter({str(tmp_path / "a.mp4")!r}, 64, 64, 12)
 writer.write(colours(96))
 os._exit(9)
 """
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 9
     decoded = read(tmp_path / "a.mp4")
     assert 48 <= len(decoded) <= 96
     assert np.abs(np.mean(decoded, (1, 2)) - np.mean(colours(len(decoded)), (1, 2))).max() < 8
