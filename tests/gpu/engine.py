@@ -14,7 +14,9 @@ import gc
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,25 +261,31 @@ def stages(bench: Bench, engine: CudaEngine, limits: dict[str, Any], repeats: in
 
 
 def video(bench: Bench, engine: CudaEngine, chunks: int) -> dict[str, Any]:
-    """Whole chunks: frames per second with and without decoding, cost early and late, switches, memory."""
+    """Whole chunks: frames per second, cost early and late, switches, memory. "Beside": docs/decisions/0006."""
     g, prompts = bench.geometry, [bench.prompt(engine, seed) for seed in (1, 2)]
     frames = g.chunk * g.temporal_stride
     gpu = gpu_of(engine)
     result: dict[str, Any] = {"weights_mib": gpu.memory_mib() if gpu else None}
     usual, whole = PolicySettings(), PolicySettings(window=WHOLE)
-    for name, settings, decoded, count in (
-        ("without_vae", usual, False, chunks),
-        ("with_vae", usual, True, chunks),
-        ("without_vae, whole window", whole, False, min(chunks, 60)),
+    decoder = ThreadPoolExecutor(1)
+    for name, settings, ahead, count in (
+        ("without_vae", usual, None, chunks),
+        ("with_vae", usual, 0, chunks),
+        ("with_vae, beside the next chunk", usual, 1, min(chunks, 60)),
+        ("without_vae, whole window", whole, None, min(chunks, 60)),
     ):
-        rollout, walls, windows = roll(bench, engine, prompts, settings), [], []
+        rollout, walls, windows, decoded = roll(bench, engine, prompts, settings), [], [], deque[Any]()
         for _ in range(count):
             begin = time.perf_counter()
             step = rollout.advance()
-            if decoded:
-                rollout.tensors.decode(step.latents)
+            if ahead is not None:
+                decoded.append(decoder.submit(rollout.tensors.decode, step.latents))
+                while len(decoded) > ahead:
+                    decoded.popleft().result()
             walls.append(1000 * (time.perf_counter() - begin))
             windows.append(step.window)
+        for last in decoded:
+            last.result()
         bench.wait()
         early, late = (float(np.median(part)) for part in (walls[10:30], walls[-20:]))
         result[name] = {
