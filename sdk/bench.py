@@ -15,7 +15,7 @@ from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError
 from .engines import open_pipeline
 from .limits import cpu_limits, gpu_of
 from .machine import describe, memory_mib
-from .video import check_output
+from .output import check_output
 from .work import Watched, work_figures
 
 PROMPTS = (

@@ -88,8 +88,8 @@ def generate(
 ) -> None:
     """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
     from . import generate as work
+    from .output import check_output
     from .story import override, read_story, story_from_options
-    from .video import check_output
 
     progress = _Progress(enabled=not as_json)
     try:

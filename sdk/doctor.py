@@ -28,7 +28,6 @@ class Finding:
 def findings() -> list[Finding]:
     """Python, machine, engines, GPUs, codec and the parts for exporting, in that order."""
     from .gpus import gpu_findings
-    from .video import OutputError, choose_codec
 
     found = [
         Finding("swiftvideo", True, version()),
@@ -37,11 +36,8 @@ def findings() -> list[Finding]:
         _embedded(),
         _onnxruntime(),
         *gpu_findings(),
+        _video(),
     ]
-    try:
-        found.append(Finding("video", True, f"encoder {choose_codec()}"))
-    except OutputError as error:
-        found.append(Finding("video", False, str(error)))
     missing = [
         name for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers") if not _there(name)
     ]
@@ -79,6 +75,19 @@ def _onnxruntime() -> Finding:
     except ImportError as error:
         return Finding("engine onnxruntime", False, f"{error}: pip install onnxruntime")
     return Finding("engine onnxruntime", True, f"{onnxruntime.__version__}, CPU")
+
+
+def _video() -> Finding:
+    from .output import OutputError
+
+    try:
+        from .video import choose_codec
+
+        return Finding("video", True, f"encoder {choose_codec()}")
+    except ImportError as error:
+        return Finding("video", False, f"{error}: pip install av")
+    except OutputError as error:
+        return Finding("video", False, str(error))
 
 
 def _there(name: str) -> bool:

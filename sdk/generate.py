@@ -15,8 +15,9 @@ from typing import Any
 from swiftvideo.runtime import Chunk, Pipeline
 
 from . import sheet
+from .output import check_output
 from .story import Shot, Story, schedule, video_frames
-from .video import VideoWriter, check_output
+from .video import VideoWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .video import OutputError, check_output
+from .output import OutputError, check_output
 
 COLUMNS = 8
 SMALLEST_TILE, LARGEST_TILE = 112, 240

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,9 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from swiftvideo.runtime.errors import ClosedError, SettingsError, SwiftVideoError, UsageError
+from swiftvideo.runtime.errors import ClosedError, SettingsError
+
+from .output import OutputError, check_output
 
 Frames = NDArray[np.uint8]
 """RGB video: uint8 [n,H,W,3]."""
@@ -33,10 +34,6 @@ crf 22 is a little better than crf 18 was with it.
 _BT709 = 1
 
 
-class OutputError(SwiftVideoError):
-    """A file cannot be written where it was asked for."""
-
-
 def choose_codec() -> str:
     """The first of `CODECS` that this PyAV was built with.
 
@@ -53,25 +50,6 @@ def choose_codec() -> str:
         f"this PyAV ({av.__version__}) has none of the encoders {', '.join(CODECS)}: "
         "install the wheel, pip install --force-reinstall av"
     )
-
-
-def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
-    """`path` if a file with one of `suffixes` can be written there; call it before any long work.
-
-    Raises:
-        UsageError: another suffix, or a folder is in the way.
-        OutputError: the folder is missing, or not writable.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"output {str(path)!r}: the name must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise UsageError(f"output {str(path)!r} is a folder: give a file's name")
-    if not path.parent.is_dir():
-        raise OutputError(f"folder {str(path.parent)!r} is not there: make it first, mkdir -p {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OutputError(f"{str(path)!r} cannot be written: change its permissions or choose another folder")
-    return path
 
 
 class VideoWriter:

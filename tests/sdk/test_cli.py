@@ -303,7 +303,10 @@ def test_doctor_says_what_runs_here(
     assert " no " in lines["engine tensorrt"]
     monkeypatch.setattr(runtime_pipeline, "EMBEDDED", tmp_path)
     monkeypatch.setattr(doctor, "_there", lambda name: name != "torch")
+    monkeypatch.delitem(sys.modules, "swiftvideo.sdk.video", raising=False)
+    monkeypatch.setitem(sys.modules, "av", None)
     out = run("doctor").stdout
+    assert "pip install av" in out
     assert "no bundle at" in out
     assert "torch not installed: pip install 'swiftvideo[export]'" in out
 

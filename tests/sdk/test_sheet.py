@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from swiftvideo.sdk import sheet
-from swiftvideo.sdk.video import OutputError
+from swiftvideo.sdk.output import OutputError
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
+from swiftvideo.runtime.errors import ClosedError, SettingsError
 from swiftvideo.sdk import video
-from swiftvideo.sdk.video import OutputError, VideoWriter, check_output, choose_codec
+from swiftvideo.sdk.output import OutputError
+from swiftvideo.sdk.video import VideoWriter, choose_codec
 
 ROOT = Path(__file__).parents[2]
 COLOURS = np.array([(230, 30, 30), (30, 200, 60), (40, 60, 220), (250, 250, 250), (5, 5, 5)], np.uint8)
@@ -133,22 +134,6 @@ def test_writing_after_closing_is_refused(tmp_path: Path) -> None:
 def test_sizes_that_cannot_be_encoded_are_refused(tmp_path: Path, width: int, height: int, fps: int) -> None:
     with pytest.raises(SettingsError):
         VideoWriter(tmp_path / "a.mp4", width, height, fps)
-
-
-def test_outputs_that_cannot_be_written_are_named_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"mkdir -p .*absent"):
-        check_output(tmp_path / "absent" / "a.mp4", (".mp4",))
-    with pytest.raises(UsageError, match=r"\.mp4"):
-        check_output(tmp_path / "a.avi", (".mp4",))
-    (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(UsageError, match="folder"):
-        check_output(tmp_path / "folder.mp4", (".mp4",))
-
-
-def test_an_unwritable_folder_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video.os, "access", lambda *_: False)
-    with pytest.raises(OutputError, match="permissions"):
-        check_output(tmp_path / "a.mp4", (".mp4",))
 
 
 def test_without_h264_another_encoder_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
