@@ -95,7 +95,7 @@ class TorchEngine:
         if self.text_encoder is None:
             raise UsageError("this engine was made without a text encoder: give it one, or use condition()")
         embeds = self.text_encoder(self.tensor(ids), self.tensor(mask))
-        return self.condition(embeds.float().cpu().numpy(), text)
+        return self.condition(array(embeds), text)
 
     @torch.no_grad()
     def condition(self, embeds: Float32, text: str = "") -> Prompt:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from swiftvideo.export.cuda import COMPILED, CudaEngine, Options, channels_last, compile_blocks
+from swiftvideo.export import cuda, restore, torch_engine
+from swiftvideo.export.cuda import COMPILED, CudaEngine, CudaSession, Options, channels_last, compile_blocks
+from swiftvideo.export.lanes import Lane
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.export.torch_engine import TorchEngine
 from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
-from swiftvideo.runtime.geometry import PolicySettings
+from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
+from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.noise import PhiloxNoise
+from swiftvideo.runtime.pipeline import Pipeline
 from swiftvideo.runtime.rollout import Rollout, Step
 from tests.golden.engines import TOLERANCE, engine_of
 from tests.golden.replay import replay
@@ -118,6 +123,58 @@ def test_with_its_kernels_in_the_interpreter() -> None:
     assert max(made["errors"].values()) < 1e-5
     assert made["launched"]["DynamicWindowAttention"] == 6 * 5 * small.BACKBONE.num_layers
     assert made["launched"]["SemanticInjection"] == 1 and made["launched"]["PlaceRows"] > 1
+
+
+@pytest.mark.parametrize("policy", ["swift", "recache"])
+def test_everything_lies_on_the_engines_device(
+    policy: Any, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PyTorch's meta device, which has no numbers and, as a GPU does, refuses to mix its tensors with the CPU's."""
+    launched = set()
+
+    class Session(CudaSession):
+        def _launchers(self) -> dict[str, Any]:
+            return dict.fromkeys(("DynamicWindowAttention", "SemanticInjection", "PlaceRows"))
+
+        def _launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
+            tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+            assert tensors and all(value.is_meta and value.is_contiguous() for value in tensors), op
+            launched.add(op)
+
+    def zeros(value: torch.Tensor) -> Any:
+        assert value.is_meta
+        return np.zeros(value.shape, np.float32)
+
+    def download(_: Lane, value: torch.Tensor) -> torch.Tensor:
+        assert value.is_meta
+        return torch.zeros(value.shape, dtype=value.dtype)
+
+    for module in (cuda, torch_engine):
+        monkeypatch.setattr(module, "array", zeros)
+    monkeypatch.setattr(Lane, "download", download)
+    monkeypatch.setattr(restore, "CudaEngine", partial(CudaEngine, rehearse=True))
+    monkeypatch.setattr(CudaEngine, "open", lambda engine, batch=1: Session(engine, batch))
+    manifest = Manifest.load(tiny_bundle)
+    engine = restore.engine_of(manifest, torch.device("meta"))
+    width = manifest.geometry.text_dim  # transformers asks the mask for its values
+    engine.text_encoder = lambda ids, mask: (ids * mask)[..., None].float().expand(-1, -1, width)
+    with Pipeline(engine, manifest) as pipeline:
+        saved = tmp_path / "state.safetensors"
+        bridged = PolicySettings(policy=policy, bridge=BridgeSettings(tau_low=2.0, tau_high=2.0))
+        with pipeline.session("a red circle moving right at night", policy=bridged) as session:
+            modes = []
+            for number in range(5):
+                if number == 3:
+                    session.prompt("a blue square moving up in the fog")
+                chunk = next(session)
+                modes.append(chunk.mode)
+                assert chunk.frames.shape[1:] == (manifest.geometry.height, manifest.geometry.width, 3)
+            session.save(saved)
+        with pipeline.restore(saved) as session:
+            next(session)
+    assert modes[3] == {"swift": "bridge-only", "recache": "full-recache"}[policy]
+    assert launched >= {"DynamicWindowAttention", "PlaceRows"}
+    assert ("SemanticInjection" in launched) == (policy == "swift")
 
 
 def test_a_state_goes_on_in_place() -> None:
