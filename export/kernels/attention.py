@@ -1,8 +1,10 @@
 """DynamicWindowAttention as a Triton kernel: online softmax over up to six segments of rows.
 
-One program computes BLOCK_M queries of one head of one item. All segments are walked in one loop of blocks of BLOCK_N
-keys, so the loads of the next blocks overlap with the arithmetic across a segment's end as well. Which rows a block
-has is worked out from the table in device memory: a captured CUDA graph serves every window.
+One program computes BLOCK_M queries of one head of one item. Keys come in blocks of BLOCK_N. What is left at a
+segment's end, and before the border between the cache and the fresh rows, comes first and is masked. All blocks that
+lie whole within a segment and within one tensor follow in one loop without masks, so the loads of the next blocks
+overlap with the arithmetic across a segment's end as well. Which rows a block has is worked out from the table in
+device memory: a captured CUDA graph serves every window.
 """
 
 from __future__ import annotations
@@ -14,14 +16,44 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _segment(segments, index, blocks, limit, BLOCK_N: tl.constexpr):
-    """(row of block 0 if the segment began there, row after the last, number of blocks up to its end).
+def _segment(segments, index, rows, limit):
+    """(first row, rows, rows of these in the cache) of a segment.
 
     Cut to rows that are there: TensorRT may time its layers with whatever is in the table's memory.
     """
     start = tl.minimum(tl.maximum(tl.load(segments + 2 * index), 0), limit)
     length = tl.minimum(tl.maximum(tl.load(segments + 2 * index + 1), 0), limit - start)
-    return start - blocks * BLOCK_N, start + length, blocks + tl.cdiv(length, BLOCK_N)
+    return start, length, tl.minimum(tl.maximum(rows - start, 0), length)
+
+
+@triton.jit
+def _whole(segments, index, blocks, rows, limit, BLOCK_N: tl.constexpr):
+    """A segment's whole blocks, which follow `blocks` others.
+
+    Returns (row of block 0 if the segment began there, first block in the fresh rows, rows that are left out before
+    it, number of blocks up to the segment's end).
+    """
+    start, length, cached = _segment(segments, index, rows, limit)
+    turn = blocks + cached // BLOCK_N
+    return start - blocks * BLOCK_N, turn, cached % BLOCK_N, turn + (length - cached) // BLOCK_N
+
+
+@triton.jit
+def _later(block, end, base, turn, skip, next_base, next_turn, next_skip):
+    """Of two segments' blocks the first one's up to `end`, then the second one's."""
+    mine = block < end
+    return tl.where(mine, base, next_base), tl.where(mine, turn, next_turn), tl.where(mine, skip, next_skip)
+
+
+@triton.jit
+def _fold(scores, values, highest, total, sums, scale):
+    """Add a block of keys to the running softmax. scale holds log2(e)."""
+    higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - higher[:, None])
+    fade = tl.exp2(highest - higher)
+    total = total * fade + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="tf32x3")
+    return higher, total, sums
 
 
 @triton.jit
@@ -63,12 +95,12 @@ def dynamic_window_attention(
 
     segments += item * 12
     limit = rows + queries
-    base0, stop0, end0 = _segment(segments, 0, 0, limit, BLOCK_N)
-    base1, stop1, end1 = _segment(segments, 1, end0, limit, BLOCK_N)
-    base2, stop2, end2 = _segment(segments, 2, end1, limit, BLOCK_N)
-    base3, stop3, end3 = _segment(segments, 3, end2, limit, BLOCK_N)
-    base4, stop4, end4 = _segment(segments, 4, end3, limit, BLOCK_N)
-    base5, stop5, end5 = _segment(segments, 5, end4, limit, BLOCK_N)
+    base0, turn0, skip0, end0 = _whole(segments, 0, 0, rows, limit, BLOCK_N)
+    base1, turn1, skip1, end1 = _whole(segments, 1, end0, rows, limit, BLOCK_N)
+    base2, turn2, skip2, end2 = _whole(segments, 2, end1, rows, limit, BLOCK_N)
+    base3, turn3, skip3, end3 = _whole(segments, 3, end2, rows, limit, BLOCK_N)
+    base4, turn4, skip4, end4 = _whole(segments, 4, end3, rows, limit, BLOCK_N)
+    base5, turn5, skip5, end5 = _whole(segments, 5, end4, rows, limit, BLOCK_N)
 
     mine = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_rows = tl.minimum(mine, queries - 1).to(tl.int64) * width
@@ -83,41 +115,41 @@ def dynamic_window_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offsets = tl.arange(0, BLOCK_N)
+    tile = offsets[:, None] * width + columns[None, :]
+    for rest in tl.range(0, 12, num_stages=1):  # of each segment in the cache and in the fresh rows
+        start, length, cached = _segment(segments, rest // 2, rows, limit)
+        in_cache = rest % 2 == 0
+        count = tl.where(in_cache, cached, length - cached) % BLOCK_N
+        if count > 0:
+            row = start + tl.where(in_cache, cached, length - rows) - count
+            there = (offsets < count)[:, None] & inside[None, :]
+            k_at = tl.multiple_of(tl.where(in_cache, cache_k, fresh_k) + row.to(tl.int64) * width, 16) + tile
+            v_at = tl.multiple_of(tl.where(in_cache, cache_v, fresh_v) + row.to(tl.int64) * width, 16) + tile
+            keys = tl.load(k_at, mask=there, other=0.0)
+            values = tl.load(v_at, mask=there, other=0.0)
+            scores = tl.dot(queries_tile, tl.trans(keys), input_precision="tf32x3")
+            scores = tl.where((offsets < count)[None, :], scores, float("-inf"))
+            highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     for block in tl.range(0, end5):
-        base = tl.where(block < end0, base0, base1)
-        stop = tl.where(block < end0, stop0, stop1)
-        base = tl.where(block < end1, base, base2)
-        stop = tl.where(block < end1, stop, stop2)
-        base = tl.where(block < end2, base, base3)
-        stop = tl.where(block < end2, stop, stop3)
-        base = tl.where(block < end3, base, base4)
-        stop = tl.where(block < end3, stop, stop4)
-        base = tl.where(block < end4, base, base5)
-        stop = tl.where(block < end4, stop, stop5)
-        row = base + block * BLOCK_N + offsets
-        # Rows past the segment's end repeat its last one: a finite value that then gets weight zero.
-        near = tl.minimum(row, stop - 1)
-        is_fresh = near >= rows
-        at = tl.where(is_fresh, near - rows, near).to(tl.int64) * width
-        k_at = tl.multiple_of(tl.where(is_fresh, fresh_k, cache_k) + at, 16)
-        v_at = tl.multiple_of(tl.where(is_fresh, fresh_v, cache_v) + at, 16)
+        base, turn, skip = _later(block, end4, base4, turn4, skip4, base5, turn5, skip5)
+        base, turn, skip = _later(block, end3, base3, turn3, skip3, base, turn, skip)
+        base, turn, skip = _later(block, end2, base2, turn2, skip2, base, turn, skip)
+        base, turn, skip = _later(block, end1, base1, turn1, skip1, base, turn, skip)
+        base, turn, skip = _later(block, end0, base0, turn0, skip0, base, turn, skip)
+        fresh = block >= turn
+        row = base + block * BLOCK_N + tl.where(fresh, skip - rows, 0)
+        k_at = tl.multiple_of(tl.where(fresh, fresh_k, cache_k) + row.to(tl.int64) * width, 16) + tile
+        v_at = tl.multiple_of(tl.where(fresh, fresh_v, cache_v) + row.to(tl.int64) * width, 16) + tile
         if BLOCK_D == HEAD:
-            keys = tl.load(k_at[:, None] + columns[None, :])
+            keys = tl.load(k_at)
         else:
-            keys = tl.load(k_at[:, None] + columns[None, :], mask=inside[None, :], other=0.0)
+            keys = tl.load(k_at, mask=inside[None, :], other=0.0)
         scores = tl.dot(queries_tile, tl.trans(keys), input_precision="tf32x3")
-        scores = tl.where((row < stop)[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - higher[:, None])
-        fade = tl.exp2(highest - higher)
-        total = total * fade + tl.sum(weights, 1)
-        sums = sums * fade[:, None]
         if BLOCK_D == HEAD:
-            values = tl.load(v_at[:, None] + columns[None, :])
+            values = tl.load(v_at)
         else:
-            values = tl.load(v_at[:, None] + columns[None, :], mask=inside[None, :], other=0.0)
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="tf32x3")
-        highest = higher
+            values = tl.load(v_at, mask=inside[None, :], other=0.0)
+        highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     result = sums / tl.where(total > 0, total, 1.0)[:, None]
     o_at = o + fresh_item + mine.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(o_at, result.to(o.dtype.element_ty), mask=(mine < queries)[:, None] & inside[None, :])

@@ -42,6 +42,8 @@ CASES = [
     Case("one key", [[(17, 1)]], dtypes=("fp32", "bf16")),
     Case("one fresh key, the last", [[(70, 1)]]),
     Case("all rows in one segment", [[(0, 71)]]),
+    Case("whole blocks alone, on both sides of the border", [[(18, 48)]], dtypes=("fp32", "bf16")),
+    Case("two segments across the border", [[(10, 50), (0, 0), (33, 31)]], dtypes=("fp32", "bf16")),
     Case("six full segments", [[(0, 16), (16, 16), (32, 16), (48, 2), (50, 16), (66, 5)]]),
     Case("empty segments between", [[(0, 0), (5, 3), (0, 0), (0, 0), (50, 4), (0, 0)]]),
     Case("a partial frame at either end", [[(0, 2), (9, 13), (33, 1), (57, 9)]], queries=20),
