@@ -98,21 +98,22 @@ def measure(
             result["warm_up_chunks"] = warm_up
             watched.take()
             result.update(steady_figures(_run(session, count)))
-            calls = watched.take()
+            whole = apart = watched.take(), count
             if gpu:  # what runs beside the host is only seen when the host waits for it
+                fewer = max(FEWEST, count // 2)
                 with watched.waiting():
-                    apart = steady_figures(_run(session, max(FEWEST, count // 2)))
-                result["stages"] = apart["stages"]
-                without = apart["frames_per_second"]["without_decoding"]
+                    waited = steady_figures(_run(session, fewer))
+                apart = watched.take(), fewer
+                result["stages"] = waited["stages"]
+                without = waited["frames_per_second"]["without_decoding"]
                 result["frames_per_second"]["without_decoding"] = without
-            watched.take()
             result["switch"] = _switches(session, prompts)
             recaches = watched.take()
             if gpu:
                 result["gpu_memory_mib"] = {"weights": loaded, "one_session": gpu.memory_mib()}
         result["limits"] = gpu.limits(pipeline.manifest.dtype) if gpu else cpu_limits(used)
         result["work"], result["work_unknown"] = work_figures(
-            pipeline.manifest, result, calls, count, recaches
+            pipeline.manifest, result, whole, apart, recaches
         )
     return result
 

@@ -22,6 +22,10 @@ class Call:
     keys: int = 0
 
 
+Counted = tuple[Sequence[Call], int]
+"""Calls of steady chunks, and of how many chunks."""
+
+
 class Watched:
     """Notes every run of the backbone and of the decoder in sessions that an engine opens from now on.
 
@@ -89,15 +93,15 @@ class Watched:
 def work_figures(
     manifest: Manifest,
     result: dict[str, Any],
-    calls: Sequence[Call],
-    chunks: int,
+    whole: Counted,
+    apart: Counted,
     switching: Sequence[Call],
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Per stage: work of a chunk, floor on this machine, and what was achieved; or None and why.
 
-    result: `bench.measure`'s, with stages, prompt_encode and limits, which may be None. calls: of `chunks` steady
-    chunks. switching: of the switches. A floor is the larger of FLOP over the rate of matrix products and bytes over
-    the rate of copies.
+    result: `bench.measure`'s, with stages, prompt_encode and limits, which may be None. whole: what gave the time of a
+    chunk; apart: what gave those of its stages. switching: of the switches. A floor is the larger of FLOP over the rate
+    of matrix products and bytes over the rate of copies.
     """
     try:
         from swiftvideo.export.flops import BundleWork, Work
@@ -138,9 +142,9 @@ def work_figures(
     try:
         rows = {}
         for stage in ("denoise", "commit", "decode"):
-            own = [call for call in calls if call.stage == stage]
-            rows[stage] = row(total(own), chunks, result["stages"][stage]["median"])
-        rows["chunk"] = row(total(calls), chunks, result["chunk"]["median"])
+            own = [call for call in apart[0] if call.stage == stage]
+            rows[stage] = row(total(own), apart[1], result["stages"][stage]["median"])
+        rows["chunk"] = row(total(whole[0]), whole[1], result["chunk"]["median"])
         prompt = counted.text_encoder() + counted.condition()
         rows["prompt"] = row(prompt, 1, result["prompt_encode"]["median"])
         recaches = [call for call in switching if call.stage == "recache"]

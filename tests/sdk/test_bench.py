@@ -69,14 +69,14 @@ def test_a_bundle_that_cannot_be_counted(tiny_bundle: Path) -> None:
         "stages": {name: {"median": 1.0} for name in ("denoise", "commit", "decode")},
         "chunk": {"median": 1.0},
     }
-    rows, why = work_figures(manifest, result, [Call("denoise", 3, 10)], 1, [])
+    rows, why = work_figures(manifest, result, *[([Call("denoise", 3, 10)], 1)] * 2, [])
     assert rows is None and why is not None and "lists no onnx/denoise.onnx" in why
 
 
 def test_without_onnx(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "swiftvideo.export.flops", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    rows, why = work_figures(Manifest.load(tiny_bundle), {}, [], 1, [])
+    rows, why = work_figures(Manifest.load(tiny_bundle), {}, ([], 1), ([], 1), [])
     assert rows is None and why == "counting work needs onnx: pip install 'swiftvideo[export]'"
 
 
@@ -149,6 +149,8 @@ def test_speed_without_decoding_is_that_of_chunks_the_host_waited_for(
     gpu, made, counted = Gpu(), [], bench.steady_figures
     monkeypatch.setattr(bench, "gpu_of", lambda engine: gpu)
     monkeypatch.setattr(bench, "steady_figures", lambda timed: made.append(counted(timed)) or made[-1])
+    handed: list[Any] = []
+    monkeypatch.setattr(bench, "work_figures", lambda *given: (handed.append(given), ""))
     result = bench.measure(tiny_bundle, 6, None, "onnxruntime", 1, 0)
     beside, apart = made
     assert gpu.waits == 3, "half as many chunks are waited for"
@@ -159,3 +161,7 @@ def test_speed_without_decoding_is_that_of_chunks_the_host_waited_for(
         and speed["with_decoding"] > 0
     )
     assert result["chunk"] == beside["chunk"] and result["gpu"] == "a GPU"
+    tokens = Manifest.load(tiny_bundle).geometry.frame_tokens
+    for (calls, chunks), figures, count in ((handed[0][2], beside, 6), (handed[0][3], apart, 3)):
+        keys = [call.keys for call in calls if call.stage == "denoise"]
+        assert chunks == count and np.mean(keys) == pytest.approx(figures["mean_window"] * tokens)
