@@ -39,10 +39,37 @@ def _whole(segments, index, blocks, rows, limit, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _later(block, end, base, turn, skip, next_base, next_turn, next_skip):
-    """Of two segments' blocks the first one's up to `end`, then the second one's."""
-    mine = block < end
-    return tl.where(mine, base, next_base), tl.where(mine, turn, next_turn), tl.where(mine, skip, next_skip)
+def _place(block, whole, rows, BLOCK_N: tl.constexpr):
+    """(whether a whole block lies in the fresh rows, its first row in its tensor). whole: `_whole` of all segments."""
+    base, turn, skip, _ = whole[5]
+    for index in tl.static_range(4, -1, -1):
+        own_base, own_turn, own_skip, end = whole[index]
+        own = block < end
+        base = tl.where(own, own_base, base)
+        turn = tl.where(own, own_turn, turn)
+        skip = tl.where(own, own_skip, skip)
+    is_fresh = block >= turn
+    return is_fresh, base + block * BLOCK_N + tl.where(is_fresh, skip - rows, 0)
+
+
+@triton.jit
+def _at(is_fresh, row, fresh, cache, width):
+    """The address of a row."""
+    return tl.multiple_of(tl.where(is_fresh, fresh, cache) + row.to(tl.int64) * width, 16)
+
+
+@triton.jit
+def _load(at, inside, WHOLE: tl.constexpr):
+    """A tile whose columns beyond the head are zero. Without a mask loads are asynchronous."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(queries, keys):
+    return tl.dot(queries, tl.trans(keys), input_precision="tf32x3")
 
 
 @triton.jit
@@ -75,11 +102,13 @@ def dynamic_window_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     """o = attention of q over the listed rows (see `swiftvideo.export.ops.dynamic_window_attention`).
 
     q, fresh_k, fresh_v, o [batch,queries,heads,HEAD]; cache_k, cache_v [layers,batch,rows,heads,HEAD]; segments int32
-    [batch,6,2]; scale > 0, float32. Without any key, o is zero. Grid: (ceil(queries / BLOCK_M), heads, batch).
+    [batch,6,2]; scale > 0, float32. Without any key, o is zero. Grid: (ceil(queries / BLOCK_M), heads, batch). AHEAD:
+    begin a block's scores before the exponentials of the block before it.
     """
     head = tl.program_id(1)
     item = tl.program_id(2)
@@ -95,20 +124,19 @@ def dynamic_window_attention(
 
     segments += item * 12
     limit = rows + queries
-    base0, turn0, skip0, end0 = _whole(segments, 0, 0, rows, limit, BLOCK_N)
-    base1, turn1, skip1, end1 = _whole(segments, 1, end0, rows, limit, BLOCK_N)
-    base2, turn2, skip2, end2 = _whole(segments, 2, end1, rows, limit, BLOCK_N)
-    base3, turn3, skip3, end3 = _whole(segments, 3, end2, rows, limit, BLOCK_N)
-    base4, turn4, skip4, end4 = _whole(segments, 4, end3, rows, limit, BLOCK_N)
-    base5, turn5, skip5, end5 = _whole(segments, 5, end4, rows, limit, BLOCK_N)
+    whole0 = _whole(segments, 0, 0, rows, limit, BLOCK_N)
+    whole1 = _whole(segments, 1, whole0[3], rows, limit, BLOCK_N)
+    whole2 = _whole(segments, 2, whole1[3], rows, limit, BLOCK_N)
+    whole3 = _whole(segments, 3, whole2[3], rows, limit, BLOCK_N)
+    whole4 = _whole(segments, 4, whole3[3], rows, limit, BLOCK_N)
+    whole5 = _whole(segments, 5, whole4[3], rows, limit, BLOCK_N)
+    whole = (whole0, whole1, whole2, whole3, whole4, whole5)
+    blocks = whole5[3]
 
     mine = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q_rows = tl.minimum(mine, queries - 1).to(tl.int64) * width
     q_at = q + fresh_item + q_rows[:, None] + columns[None, :]
-    if BLOCK_D == HEAD:
-        queries_tile = tl.load(q_at)
-    else:
-        queries_tile = tl.load(q_at, mask=inside[None, :], other=0.0)
+    queries_tile = _load(q_at, inside, BLOCK_D == HEAD)
 
     scale *= LOG2_E
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -122,34 +150,32 @@ def dynamic_window_attention(
         count = tl.where(in_cache, cached, length - cached) % BLOCK_N
         if count > 0:
             row = start + tl.where(in_cache, cached, length - rows) - count
-            there = (offsets < count)[:, None] & inside[None, :]
-            k_at = tl.multiple_of(tl.where(in_cache, cache_k, fresh_k) + row.to(tl.int64) * width, 16) + tile
-            v_at = tl.multiple_of(tl.where(in_cache, cache_v, fresh_v) + row.to(tl.int64) * width, 16) + tile
-            keys = tl.load(k_at, mask=there, other=0.0)
-            values = tl.load(v_at, mask=there, other=0.0)
-            scores = tl.dot(queries_tile, tl.trans(keys), input_precision="tf32x3")
-            scores = tl.where((offsets < count)[None, :], scores, float("-inf"))
+            there = offsets < count
+            shown = there[:, None] & inside[None, :]
+            keys = tl.load(_at(not in_cache, row, fresh_k, cache_k, width) + tile, mask=shown, other=0.0)
+            values = tl.load(_at(not in_cache, row, fresh_v, cache_v, width) + tile, mask=shown, other=0.0)
+            scores = tl.where(there[None, :], _scores(queries_tile, keys), float("-inf"))
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
-    for block in tl.range(0, end5):
-        base, turn, skip = _later(block, end4, base4, turn4, skip4, base5, turn5, skip5)
-        base, turn, skip = _later(block, end3, base3, turn3, skip3, base, turn, skip)
-        base, turn, skip = _later(block, end2, base2, turn2, skip2, base, turn, skip)
-        base, turn, skip = _later(block, end1, base1, turn1, skip1, base, turn, skip)
-        base, turn, skip = _later(block, end0, base0, turn0, skip0, base, turn, skip)
-        fresh = block >= turn
-        row = base + block * BLOCK_N + tl.where(fresh, skip - rows, 0)
-        k_at = tl.multiple_of(tl.where(fresh, fresh_k, cache_k) + row.to(tl.int64) * width, 16) + tile
-        v_at = tl.multiple_of(tl.where(fresh, fresh_v, cache_v) + row.to(tl.int64) * width, 16) + tile
-        if BLOCK_D == HEAD:
-            keys = tl.load(k_at)
-        else:
-            keys = tl.load(k_at, mask=inside[None, :], other=0.0)
-        scores = tl.dot(queries_tile, tl.trans(keys), input_precision="tf32x3")
-        if BLOCK_D == HEAD:
-            values = tl.load(v_at)
-        else:
-            values = tl.load(v_at, mask=inside[None, :], other=0.0)
-        highest, total, sums = _fold(scores, values, highest, total, sums, scale)
+    if AHEAD:
+        if blocks > 0:
+            is_fresh, row = _place(0, whole, rows, BLOCK_N)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+            scores = _scores(queries_tile, keys)
+            for block in tl.range(0, blocks):
+                v_at = _at(is_fresh, row, fresh_v, cache_v, width) + tile
+                is_fresh, row = _place(tl.minimum(block + 1, blocks - 1), whole, rows, BLOCK_N)
+                keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+                following = _scores(queries_tile, keys)
+                values = _load(v_at, inside, BLOCK_D == HEAD)
+                highest, total, sums = _fold(scores, values, highest, total, sums, scale)
+                scores = following
+    else:
+        for block in tl.range(0, blocks):
+            is_fresh, row = _place(block, whole, rows, BLOCK_N)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+            scores = _scores(queries_tile, keys)
+            values = _load(_at(is_fresh, row, fresh_v, cache_v, width) + tile, inside, BLOCK_D == HEAD)
+            highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     result = sums / tl.where(total > 0, total, 1.0)[:, None]
     o_at = o + fresh_item + mine.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(o_at, result.to(o.dtype.element_ty), mask=(mine < queries)[:, None] & inside[None, :])

@@ -51,6 +51,8 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+    ahead: bool = False
+    """Begin the next block's scores before this block's exponentials."""
 
 
 def attention_tiles(capability: int, dtype: str, head_dim: int) -> Tiles:
@@ -174,7 +176,7 @@ def _recipe(
     head = {"HEAD": head_dim, "BLOCK_D": block_width(head_dim)}
     if op == ATTENTION:
         t = tiles or attention_tiles(capability, dtype, head_dim)
-        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys}
+        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys, "AHEAD": t.ahead}
         grid = (Axis(("queries",), t.queries), Axis(("heads",)), Axis(("batch",)))
         return dynamic_window_attention, constants, grid, t.warps, t.stages
     if op == INJECTION:

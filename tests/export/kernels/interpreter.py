@@ -37,9 +37,9 @@ class Interpreter:
             else:
                 os.environ["TRITON_INTERPRET"] = before
 
-    def attention(self, *arguments: Any, queries: int = 16, keys: int = 16) -> Tensor:
+    def attention(self, *arguments: Any, queries: int = 16, keys: int = 16, ahead: bool = False) -> Tensor:
         """`ops.dynamic_window_attention` by the kernel, with tiles of queries x keys."""
-        result: Tensor = self._pool.submit(_attention, arguments, queries, keys).result()
+        result: Tensor = self._pool.submit(_attention, arguments, queries, keys, ahead).result()
         return result
 
     def injection(self, *arguments: Any, block: int = 8) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _prepare() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
 
 
-def _attention(arguments: tuple[Any, ...], block_m: int, block_n: int) -> Tensor:
+def _attention(arguments: tuple[Any, ...], block_m: int, block_n: int, ahead: bool) -> Tensor:
     from swiftvideo.export.kernels.attention import dynamic_window_attention
 
     q, fresh_k, fresh_v, cache_k, cache_v, segments, layer, scale = arguments
@@ -107,6 +107,7 @@ def _attention(arguments: tuple[Any, ...], block_m: int, block_n: int) -> Tensor
         BLOCK_D=block_width(head),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        AHEAD=ahead,
     )
     return o
 

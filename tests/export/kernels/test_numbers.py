@@ -33,6 +33,7 @@ class Case:
     scale: float = 1.0
     """Of the logits, on top of 1 / sqrt(head)."""
     tiles: tuple[int, int] = field(default=(16, 16))
+    ahead: bool = False
 
 
 WINDOW = [(0, 2), (8, 6), (19, 31), (14, 5), (50, 21)]
@@ -52,6 +53,10 @@ CASES = [
     Case("a whole tile of queries", [WINDOW], queries=32),
     Case("blocks of keys wider than any segment", [WINDOW], tiles=(16, 64)),
     Case("blocks of queries wider than there are", [WINDOW], tiles=(64, 16)),
+    Case("scores ahead", [WINDOW, [(18, 48)]], dtypes=("fp32", "fp16", "bf16"), ahead=True),
+    Case("scores ahead of one block", [[(20, 16)]], ahead=True),
+    Case("scores ahead, and nothing whole", [[(3, 9), (60, 11)]], ahead=True),
+    Case("scores ahead, heads of 24", [WINDOW], head=24, ahead=True),
     Case("heads of 8", [WINDOW], head=8, dtypes=("fp32", "fp16")),
     Case("heads of 24", [WINDOW], head=24, heads=3, dtypes=("fp32", "bf16")),
     Case("heads of 40", [WINDOW], head=40),
@@ -105,7 +110,9 @@ def test_attention(interpreter: Interpreter, case: Case, name: str, record_prope
     given = tensors(case, DTYPES[name])
     scale = case.scale * case.head**-0.5
     queries, keys = case.tiles
-    seen = interpreter.attention(*given, 1, scale, queries=queries, keys=keys).double().numpy()
+    seen = (
+        interpreter.attention(*given, 1, scale, queries=queries, keys=keys, ahead=case.ahead).double().numpy()
+    )
     error = np.abs(seen - softmax_in_float64(given, 1, scale)).max()
     record_property("error", float(error))  # type: ignore[operator]
     # Logits of 1e4 leave float32 products an absolute error of 1e-3, which the exponential passes on.
