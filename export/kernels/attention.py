@@ -53,9 +53,9 @@ def _place(block, whole, rows, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _at(is_fresh, row, fresh, cache, width):
-    """The address of a row."""
-    return tl.multiple_of(tl.where(is_fresh, fresh, cache) + row.to(tl.int64) * width, 16)
+def _at(is_fresh, row, fresh, cache, width, tile):
+    """Addresses of a block that begins at a row. tile: what each of its elements is behind the first."""
+    return tl.multiple_of(tl.where(is_fresh, fresh, cache) + row.to(tl.int64) * width, 16) + tile
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def _load(at, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def _scores(queries, keys):
+    """Products of all queries and keys, not scaled."""
     return tl.dot(queries, tl.trans(keys), input_precision="tf32x3")
 
 
@@ -146,25 +147,25 @@ def dynamic_window_attention(
     tile = offsets[:, None] * width + columns[None, :]
     for rest in tl.range(0, 12, num_stages=1):  # of each segment in the cache and in the fresh rows
         start, length, cached = _segment(segments, rest // 2, rows, limit)
-        in_cache = rest % 2 == 0
-        count = tl.where(in_cache, cached, length - cached) % BLOCK_N
+        is_fresh = rest % 2 == 1
+        count = tl.where(is_fresh, length - cached, cached) % BLOCK_N
         if count > 0:
-            row = start + tl.where(in_cache, cached, length - rows) - count
+            row = start + tl.where(is_fresh, length - rows, cached) - count
             there = offsets < count
             shown = there[:, None] & inside[None, :]
-            keys = tl.load(_at(not in_cache, row, fresh_k, cache_k, width) + tile, mask=shown, other=0.0)
-            values = tl.load(_at(not in_cache, row, fresh_v, cache_v, width) + tile, mask=shown, other=0.0)
+            keys = tl.load(_at(is_fresh, row, fresh_k, cache_k, width, tile), mask=shown, other=0.0)
+            values = tl.load(_at(is_fresh, row, fresh_v, cache_v, width, tile), mask=shown, other=0.0)
             scores = tl.where(there[None, :], _scores(queries_tile, keys), float("-inf"))
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     if AHEAD:
         if blocks > 0:
             is_fresh, row = _place(0, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
             scores = _scores(queries_tile, keys)
             for block in tl.range(0, blocks):
-                v_at = _at(is_fresh, row, fresh_v, cache_v, width) + tile
+                v_at = _at(is_fresh, row, fresh_v, cache_v, width, tile)
                 is_fresh, row = _place(tl.minimum(block + 1, blocks - 1), whole, rows, BLOCK_N)
-                keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+                keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
                 following = _scores(queries_tile, keys)
                 values = _load(v_at, inside, BLOCK_D == HEAD)
                 highest, total, sums = _fold(scores, values, highest, total, sums, scale)
@@ -172,9 +173,9 @@ def dynamic_window_attention(
     else:
         for block in tl.range(0, blocks):
             is_fresh, row = _place(block, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width) + tile, inside, BLOCK_D == HEAD)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
             scores = _scores(queries_tile, keys)
-            values = _load(_at(is_fresh, row, fresh_v, cache_v, width) + tile, inside, BLOCK_D == HEAD)
+            values = _load(_at(is_fresh, row, fresh_v, cache_v, width, tile), inside, BLOCK_D == HEAD)
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     result = sums / tl.where(total > 0, total, 1.0)[:, None]
     o_at = o + fresh_item + mine.to(tl.int64)[:, None] * width + columns[None, :]

@@ -28,6 +28,7 @@ from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.pipeline import Pipeline
+from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
 from swiftvideo.runtime.rollout import Rollout, Step
 from tests.golden.engines import TOLERANCE, engine_of
 from tests.golden.replay import replay
@@ -134,7 +135,7 @@ def test_everything_lies_on_the_engines_device(
 
     class Session(CudaSession):
         def _launchers(self) -> dict[str, Any]:
-            return dict.fromkeys(("DynamicWindowAttention", "SemanticInjection", "PlaceRows"))
+            return dict.fromkeys((ATTENTION, INJECTION, PLACE))
 
         def _launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
             tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
@@ -173,8 +174,8 @@ def test_everything_lies_on_the_engines_device(
         with pipeline.restore(saved) as session:
             next(session)
     assert modes[3] == {"swift": "bridge-only", "recache": "full-recache"}[policy]
-    assert launched >= {"DynamicWindowAttention", "PlaceRows"}
-    assert ("SemanticInjection" in launched) == (policy == "swift")
+    assert launched >= {ATTENTION, PLACE}
+    assert (INJECTION in launched) == (policy == "swift")
 
 
 def test_a_state_goes_on_in_place() -> None:
