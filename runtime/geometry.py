@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,14 +65,10 @@ class Geometry:
                 f"sink is {self.sink} and chunk is {self.chunk}: a sink larger than a chunk would read "
                 "cache rows that the first chunk has not written; lower the sink or raise the chunk"
             )
-        if (
-            min(self.sink, self.max_anchors) < 0
-            or self.chunk < 1
-            or self.window < max(self.chunk, self.sink + 1)
-        ):
+        if min(self.sink, self.max_anchors) < 0 or self.chunk < 1 or self.window < self.sink + self.chunk:
             raise SettingsError(
                 f"window {self.window}, sink {self.sink}, chunk {self.chunk} and max_anchors {self.max_anchors}: "
-                "need chunk >= 1, sink >= 0, max_anchors >= 0 and window >= max(chunk, sink + 1)"
+                "need chunk >= 1, sink >= 0, max_anchors >= 0 and window >= sink + chunk"
             )
 
     @property
@@ -122,6 +117,11 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def _check_scale(name: str, value: float) -> None:
+    """Positive, and finite in float32, in which tokens are scaled."""
+    _check(0 < value < 2.0**127, f"{name} is {value}: it must be positive and below 1.7e38")
+
+
 @dataclass(frozen=True, slots=True)
 class BridgeSettings:
     """Semantic bridge (algorithm.md, sections 5 and 8). `micro` None means one chunk."""
@@ -144,7 +144,7 @@ class BridgeSettings:
             0 <= self.tau_low <= self.tau_high,
             f"bridge.tau_low {self.tau_low}, tau_high {self.tau_high}: need 0 <= tau_low <= tau_high",
         )
-        _check(0 < self.scale < math.inf, f"bridge.scale is {self.scale}: it must be positive and finite")
+        _check_scale("bridge.scale", self.scale)
         _check(0 <= self.decay <= 1, f"bridge.decay is {self.decay}: it must be in [0, 1]")
 
 
@@ -179,7 +179,7 @@ class AnchorSettings:
         _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use 1 or more")
         _check(self.max >= 0, f"anchors.max is {self.max}: it must not be negative")
         _check(0 <= self.mix <= 1, f"anchors.mix is {self.mix}: it must be in [0, 1]")
-        _check(0 < self.scale < math.inf, f"anchors.scale is {self.scale}: it must be positive and finite")
+        _check_scale("anchors.scale", self.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ when: window, strength of a switch, mode, anchors, decay of the bridge, and wher
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ._core import Cache
 from .engine import EngineSession, Float32, Prompt
-from .errors import SettingsError, UsageError
+from .errors import EngineError, SettingsError, UsageError
 from .geometry import Geometry, PolicySettings, WindowSettings
 from .positions import rotation, time_tables
 from .telemetry import Stopwatch
@@ -54,11 +55,19 @@ def _fading(frames: int, tau: float) -> float:
     return math.exp(-frames / tau) if tau else 0.0
 
 
-def switch_strength(old: Float32, new: Float32) -> Float32:
-    """rho, float32 [B], of signatures [B,D]: clamp(1 - cosine, 0, 1) (algorithm.md, section 4)."""
+def switch_strength(old: Float32, new: Float32) -> NDArray[np.float64]:
+    """rho, float64 [B], of signatures [B,D]: clamp(1 - cosine, 0, 1) (algorithm.md, section 4).
+
+    Raises EngineError where a signature is not finite.
+    """
     a, b = old.astype(np.float64), new.astype(np.float64)
     norms = np.maximum(np.linalg.norm(a, axis=1), 1e-6) * np.maximum(np.linalg.norm(b, axis=1), 1e-6)
-    rho: Float32 = np.clip(1.0 - (a * b).sum(1) / norms, 0.0, 1.0).astype(np.float32)
+    rho: NDArray[np.float64] = np.clip(1.0 - (a * b).sum(1) / norms, 0.0, 1.0)
+    if not np.isfinite(rho).all():
+        raise EngineError(
+            "a prompt's signature is not finite: the text encoder overflowed or the weights are damaged; "
+            "run `swiftvideo verify` on the bundle"
+        )
     return rho
 
 
@@ -177,13 +186,14 @@ class Memory:
         emitted: clean latents [B,k,C,h,w] of the last k = min(W, frames so far) frames.
         """
         policy = self.settings.policy
-        rho = switch_strength(old.signature, new.signature)
+        exact = switch_strength(old.signature, new.signature)
+        rho = exact.astype(np.float32)
         if policy == "keep":
             return Switch(current, "keep", rho, 1.0)
         if policy == "cut":
             self._clear(current)
             return Switch(current, "cut", rho, 1.0)
-        strength = float(rho.max()) if self._bridges else 1.0
+        strength = float(exact.max()) if self._bridges else 1.0
         bridge_settings = self.settings.bridge
         full = not self._bridges or strength >= bridge_settings.tau_high
         bridge, anchor = self._inject(old, new, rho, bridge=not full)
@@ -291,17 +301,35 @@ class Memory:
             arrays["bridge"] = self.bridge
         return plain, arrays
 
-    def import_state(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    def import_state(self, plain: dict[str, Any], arrays: dict[str, NDArray[Any]], batch: int) -> None:
         """Continue from an `export_state`. Raises UsageError or IntegrityError where it does not fit."""
         self.cache.restore(tuple(plain["cache"]))
         self.bridge = arrays.get("bridge")
-        self.bridge_scale = np.float32(plain["bridge_scale"])
+        scale = float(plain["bridge_scale"])
         self.anchors = [arrays[f"anchor.{index}"] for index in range(self.cache.anchors)]
         if (self.bridge is not None) != self.cache.has_bridge:
             raise UsageError("the saved bridge and the saved cache contradict each other: save it again")
         g = self.geometry
         for tokens, count in ((self.bridge, 2), *((anchor, 1) for anchor in self.anchors)):
-            if tokens is not None and tokens.shape[2:] != (count, g.heads, g.head_dim):
-                raise UsageError(f"saved memory tokens are {tokens.shape}: they are not this model's")
-        self._origin, self._sink_frame, self._sink_offset, self._memory_offset = plain["places"]
+            if tokens is None:
+                continue
+            shape = (g.layers, batch, count, g.heads, g.head_dim)
+            if tokens.shape != shape or tokens.dtype != np.float32:
+                raise UsageError(
+                    f"saved memory tokens are {tokens.dtype} {tokens.shape}, not float32 {shape}: "
+                    "they are not this model's"
+                )
+            if not np.isfinite(tokens).all():
+                raise UsageError("saved memory tokens are not finite: the file is damaged")
+        places = [operator.index(place) for place in plain["places"]]
+        origin, sink_frame, *offsets = places
+        if (
+            len(offsets) != 2
+            or min(places) < 0
+            or not 0 <= scale <= float(np.float32(self.settings.bridge.scale))
+        ):
+            raise UsageError(f"places {places} or bridge_scale {scale} of the saved memory are impossible")
+        self.bridge_scale = np.float32(scale)
+        self._origin, self._sink_frame = origin, sink_frame
+        self._sink_offset, self._memory_offset = offsets
         self.cache.check_integrity()

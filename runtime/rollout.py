@@ -10,6 +10,7 @@ from threading import Lock
 import numpy as np
 
 from .engine import Engine, Float32, Prompt
+from .errors import UsageError
 from .geometry import PolicySettings
 from .memory import Forward, Memory, Switch
 from .noise import NoiseSource
@@ -93,21 +94,37 @@ class Rollout:
         """The last W frames, for recaches: [B,k,C,h,w]."""
         self.pending: list[Pending] = []
         self._lock = Lock()
+        self._taken = (
+            0  # where the chunks begin whose prompts are chosen: index, or one more while a chunk is made
+        )
 
     @property
     def frame(self) -> int:
         """The next chunk's first latent frame."""
         return self.index * self.geometry.chunk
 
+    @property
+    def boundary(self) -> int:
+        """The first latent frame at which a prompt that is asked for now can take over: no chunk of it has begun."""
+        return max(self.index, self._taken) * self.geometry.chunk
+
     def ask(self, prompt: Prompt, at_frame: int | None = None) -> int:
         """Queue a prompt for the first chunk boundary at or after `at_frame`, or for the next one; return its number.
 
-        One prompt takes over per boundary: when several are due, the others wait for the next ones, in order.
+        One prompt takes over per boundary: when several are due, the others wait for the next ones, in order. Raises
+        UsageError where `at_frame` lies before the next boundary.
         """
         with self._lock:
+            boundary = self.boundary
+            frame = boundary if at_frame is None else at_frame
+            if frame < boundary:
+                raise UsageError(
+                    f"at_frame is {frame} and the next chunk starts at latent frame {boundary}: "
+                    "ask for that frame or a later one, or leave at_frame out"
+                )
             number = self.asked
             self.asked += 1
-            bisect.insort(self.pending, Pending(self.frame if at_frame is None else at_frame, number, prompt))
+            bisect.insort(self.pending, Pending(frame, number, prompt))
             return number
 
     def waiting(self) -> tuple[int, list[Pending]]:
@@ -140,6 +157,7 @@ class Rollout:
     def _take_over(self, start: int) -> tuple[Switch | None, int | None]:
         """Switch to the first prompt that is due; return the switch and the next known one's frame."""
         with self._lock:
+            self._taken = self.index + 1
             due = self.pending.pop(0) if self.pending and self.pending[0].frame <= start else None
         switch = None
         if due is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from .rollout import Rollout
 from .snapshot import Saved, put, save
 
 Encode = Callable[[str], Prompt]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +56,8 @@ class Chunk:
 class Session:
     """Endless video from prompts. Made by `Pipeline.session`; iterate over it, and close it or use it as a context.
 
-    Every method may be called from any thread. `prompt` never waits for the chunk that is being made; `save` and
-    `close` do.
+    Every method may be called from any thread, but only `close` from a signal handler. `prompt` never waits for the
+    chunk that is being made; `save` and `close` do. Within `interrupt`, `close` takes effect at the chunk's end.
 
     Args:
         encode: makes prompts of texts.
@@ -80,7 +83,9 @@ class Session:
         self.interrupt: Callable[[], bool] | None = None
         """Asked after every run of the backbone; once it says yes, the chunk is given up with StoppedError."""
         self._running = RLock()
-        """Held while a chunk is made."""
+        """Held while a chunk is made, or the state is saved."""
+        self._busy = False
+        """Whether that is so: the lock alone does not keep out the thread that holds it."""
         self._rollout = Rollout(
             engine, settings, self._encoded(prompt), PhiloxNoise(self._seed, shape), observer=self._watch
         )
@@ -114,19 +119,22 @@ class Session:
         """Change the prompt at the next chunk boundary, or at the first one at or after latent frame `at_frame`.
 
         A switch that is scheduled ahead lets the window widen before it. When several prompts are due, one takes
-        over per chunk, in order of their frames. Returns the prompt's number, which chunks carry as `prompt_id`.
+        over per chunk, in order of their frames. While a chunk is made, the next boundary is its end. Returns the
+        prompt's number, which chunks carry as `prompt_id`.
 
         Raises:
             PromptError: empty, too long, or with words that the model does not know.
-            UsageError: `at_frame` lies in the past.
+            UsageError: `at_frame` lies before the next boundary, or is no whole number.
             ClosedError: the session was closed.
         """
         self._check_open()
-        if at_frame is not None and at_frame < self.frame:
-            raise UsageError(
-                f"at_frame is {at_frame} and the next chunk starts at latent frame {self.frame}: "
-                "ask for that frame or a later one, or leave at_frame out"
-            )
+        if at_frame is not None:
+            try:
+                at_frame = operator.index(at_frame)
+            except TypeError as error:
+                raise UsageError(
+                    f"at_frame is {at_frame!r}: a whole number of latent frames is needed"
+                ) from error
         return self._rollout.ask(self._encoded(text), at_frame)
 
     def __iter__(self) -> Session:
@@ -140,20 +148,13 @@ class Session:
             EngineError: the engine failed. The session is closed then, for its memory is undefined.
             StoppedError: `interrupt` said so; the session is closed likewise.
         """
+        return self._alone(self._next, fatal=True)
+
+    def _next(self) -> Chunk:
         rollout = self._rollout
-        with self._running:
-            self._check_open()
-            try:
-                step = rollout.advance()
-                with rollout.memory.clock.stage("decode"):
-                    frames = rollout.tensors.decode(step.latents)
-            except BaseException as error:
-                try:
-                    self.close()
-                except SwiftVideoError as second:  # of the two, the first one tells what went wrong
-                    error.add_note(f"then the session did not close: {second}")
-                raise
-            timings = rollout.memory.clock.take()
+        step = rollout.advance()
+        with rollout.memory.clock.stage("decode"):
+            frames = rollout.tensors.decode(step.latents)
         return Chunk(
             index=step.index,
             start=step.start,
@@ -164,7 +165,7 @@ class Session:
             window=step.window,
             mode="" if step.switch is None else step.switch.mode,
             rho=None if step.switch is None else float(step.switch.rho.max()),
-            timings=timings,
+            timings=rollout.memory.clock.take(),
             latents=step.latents[0],
         )
 
@@ -175,21 +176,43 @@ class Session:
             UsageError: the file cannot be written, or a prompt was made from embeddings.
             ClosedError: the session was closed.
         """
-        with self._running:
-            self._check_open()
-            save(path, self._rollout, self._seed, self._settings, self._model)
+        self._alone(lambda: save(path, self._rollout, self._seed, self._settings, self._model))
 
     def load_state(self, saved: Saved) -> None:
         """Take a saved state of the same model and settings. Used by `Pipeline.restore`; raises UsageError."""
-        with self._running:
-            self._check_open()
-            put(self._rollout, saved, self._encoded)
+        self._alone(lambda: put(self._rollout, saved, self._encoded))
 
     def close(self) -> None:
         """Free the session's memory, after the chunk that is being made; twice is fine."""
         self._closed = True  # at once, so that no further chunk begins
         with self._running:
-            self._rollout.close()
+            if not self._busy:  # else this very thread is in a chunk, which ends first
+                self._rollout.close()
+
+    def _alone(self, work: Callable[[], T], fatal: bool = False) -> T:
+        """Do what nothing else may touch the session's arrays during. fatal: the session is closed if it fails."""
+        with self._running:
+            self._check_open()
+            if self._busy:
+                raise UsageError(
+                    "the session is making a chunk: call next() and save() after it, not from within"
+                )
+            self._busy = True
+            try:
+                made = work()
+                if self._closed:  # meanwhile; by this thread, it may be
+                    self._rollout.close()
+                return made
+            except BaseException as error:
+                self._closed = self._closed or fatal
+                if self._closed:
+                    try:
+                        self._rollout.close()
+                    except SwiftVideoError as second:  # of the two, the first one tells what went wrong
+                        error.add_note(f"then the session did not close: {second}")
+                raise
+            finally:
+                self._busy = False
 
     def __enter__(self) -> Session:
         return self

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,11 @@ def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings
     try:
         save_file(packed, partial, {"format": FORMAT, "session": json.dumps(plain)})
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
+        raise
 
 
 def read(path: str | Path) -> Saved:
@@ -98,9 +101,11 @@ def read(path: str | Path) -> Saved:
             plain: dict[str, Any] = json.loads(header["session"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         plain["settings"] = settings_from(plain["settings"], f"{path}: settings")
-        plain["pending"] = [(int(frame), int(number), str(text)) for frame, number, text in plain["pending"]]
+        plain["pending"] = [
+            (index(frame), index(number), str(text)) for frame, number, text in plain["pending"]
+        ]
         for name in ("number", "asked", "index", "segment"):
-            plain[name] = int(plain[name])
+            plain[name] = index(plain[name])
         plain["seed"] = checked_seed(plain["seed"])
         return Saved(**plain, arrays=arrays)
     except FileNotFoundError as error:
@@ -128,7 +133,7 @@ def put(rollout: Rollout, saved: Saved, encode: Callable[[str | Prompt], Prompt]
         if emitted.shape != like or emitted.dtype != np.float32:
             raise UsageError(f"emitted is {emitted.dtype} {emitted.shape}, not float32 {like}")
         rollout.tensors.import_state(parts["engine"])
-        rollout.memory.import_state(saved.memory, parts["memory"])
+        rollout.memory.import_state(saved.memory, parts["memory"], len(rollout.emitted))
         rollout.prompt, rollout.number, rollout.asked = encode(saved.prompt), saved.number, saved.asked
         rollout.index, rollout.segment, rollout.emitted = saved.index, saved.segment, emitted
         rollout.pending = [Pending(frame, number, encode(text)) for frame, number, text in saved.pending]

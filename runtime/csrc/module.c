@@ -61,14 +61,15 @@ static int take_arguments(const char *function, const char *const names[], Py_ss
     return 0;
 }
 
-static int take_int(const module_state *state, const char *name, PyObject *object, int64_t *out)
+/* Raises `error` where the integer is out of range; other objects are a TypeError. */
+static int take_int(PyObject *error, const char *name, PyObject *object, int64_t *out)
 {
     *out = PyLong_AsLongLong(object);
     if (*out != -1 || !PyErr_Occurred())
         return 0;
     if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
         PyErr_Clear();
-        PyErr_Format(state->usage_error, "%s is %S: it does not fit 64 bits", name, object);
+        PyErr_Format(error, "%s does not fit 64 bits: pass a smaller integer", name);
     }
     return -1;
 }
@@ -84,6 +85,9 @@ static int take_bool(PyObject *object, bool *out)
 static int take_buffer(const module_state *state, const char *name, PyObject *object, Py_ssize_t items, Py_buffer *view)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_WRITABLE | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) < 0) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_BufferError) &&
+            !PyErr_ExceptionMatches(PyExc_ValueError))
+            return -1; /* an interrupt, or no memory */
         PyErr_Clear();
         PyErr_Format(state->usage_error, "%s is %R: pass a writable, C-contiguous buffer of %zd int32", name,
                      (PyObject *)Py_TYPE(object), items);
@@ -99,20 +103,31 @@ static int take_buffer(const module_state *state, const char *name, PyObject *ob
         PyBuffer_Release(view);
         return -1;
     }
+    if ((uintptr_t)view->buf % _Alignof(int32_t)) {
+        PyErr_Format(state->usage_error, "%s does not lie at a multiple of %zd bytes: pass an aligned buffer", name,
+                     _Alignof(int32_t));
+        PyBuffer_Release(view);
+        return -1;
+    }
     return 0;
 }
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"frame_tokens", "window", "sink", "max_anchors", NULL};
-    long long sizes[4];
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "LLLL:Cache", names, &sizes[0], &sizes[1], &sizes[2], &sizes[3]))
+    PyObject *given[4];
+    int64_t sizes[4];
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOO:Cache", names, &given[0], &given[1], &given[2], &given[3]))
         return NULL;
+    const module_state *state = PyType_GetModuleState(type);
+    for (int i = 0; i < 4; i++)
+        if (take_int(state->settings_error, names[i], given[i], &sizes[i]) < 0)
+            return NULL;
     cache fresh;
     cache_error error;
     cache_status status = cache_init(&fresh, sizes[0], sizes[1], sizes[2], sizes[3], &error);
     if (status != CACHE_OK)
-        return raise(PyType_GetModuleState(type), status, &error);
+        return raise(state, status, &error);
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     CacheObject *self = (CacheObject *)allocate(type, 0);
     if (self)
@@ -147,8 +162,8 @@ static PyObject *cache_plan_call(PyObject *object, PyObject *const *args, Py_ssi
     bool force_sink;
     Py_buffer view;
     if (take_arguments("plan", names, 5, args, given, keywords, values) < 0 ||
-        take_int(state, names[0], values[0], &start) < 0 || take_int(state, names[1], values[1], &frames) < 0 ||
-        take_int(state, names[2], values[2], &window) < 0 || take_bool(values[3], &force_sink) < 0 ||
+        take_int(state->usage_error, names[0], values[0], &start) < 0 || take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
+        take_int(state->usage_error, names[2], values[2], &window) < 0 || take_bool(values[3], &force_sink) < 0 ||
         take_buffer(state, names[4], values[4], 2 * CACHE_SEGMENTS, &view) < 0)
         return NULL;
     cache_error error;
@@ -167,7 +182,7 @@ static PyObject *cache_commit_call(PyObject *object, PyObject *const *args, Py_s
     bool force_sink;
     Py_buffer view;
     if (take_arguments("commit", names, 4, args, given, keywords, values) < 0 ||
-        take_int(state, names[0], values[0], &start) < 0 || take_int(state, names[1], values[1], &frames) < 0 ||
+        take_int(state->usage_error, names[0], values[0], &start) < 0 || take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
         take_bool(values[2], &force_sink) < 0 || take_buffer(state, names[3], values[3], 3 * CACHE_RANGES, &view) < 0)
         return NULL;
     cache_error error;
@@ -185,8 +200,8 @@ static PyObject *cache_spans_call(PyObject *object, PyObject *const *args, Py_ss
     int64_t bridge_recent, anchor_recent;
     Py_buffer view;
     if (take_arguments("spans", names, 3, args, given, keywords, values) < 0 ||
-        take_int(state, names[0], values[0], &bridge_recent) < 0 ||
-        take_int(state, names[1], values[1], &anchor_recent) < 0 ||
+        take_int(state->usage_error, names[0], values[0], &bridge_recent) < 0 ||
+        take_int(state->usage_error, names[1], values[1], &anchor_recent) < 0 ||
         take_buffer(state, names[2], values[2], 2 * CACHE_SPANS * CACHE_SPAN_PIECES, &view) < 0)
         return NULL;
     cache_error error;
@@ -205,7 +220,7 @@ static PyObject *cache_set_memory_call(PyObject *object, PyObject *const *args, 
     int64_t anchors;
     bool bridge;
     if (take_arguments("set_memory", names, 2, args, given, keywords, values) < 0 ||
-        take_bool(values[0], &bridge) < 0 || take_int(state, names[1], values[1], &anchors) < 0)
+        take_bool(values[0], &bridge) < 0 || take_int(state->usage_error, names[1], values[1], &anchors) < 0)
         return NULL;
     cache_error error;
     cache_status status = cache_set_memory(&((CacheObject *)object)->cache, bridge, anchors, &error);
@@ -221,7 +236,7 @@ static PyObject *cache_clear_call(PyObject *object, PyObject *const *args, Py_ss
     PyObject *values[1];
     int64_t start;
     if (take_arguments("clear", names, 1, args, given, keywords, values) < 0 ||
-        take_int(state, names[0], values[0], &start) < 0)
+        take_int(state->usage_error, names[0], values[0], &start) < 0)
         return NULL;
     cache_error error;
     cache_status status = cache_clear(&((CacheObject *)object)->cache, start, &error);
@@ -270,7 +285,7 @@ static PyObject *cache_restore_call(PyObject *object, PyObject *saved)
     }
     for (Py_ssize_t i = 0; i < CACHE_STATE; i++) {
         PyObject *value = PySequence_GetItem(saved, i);
-        int failed = !value || take_int(state, "an integer of the state", value, &values[i]) < 0;
+        int failed = !value || take_int(state->usage_error, "an integer of the state", value, &values[i]) < 0;
         Py_XDECREF(value);
         if (failed)
             return NULL;

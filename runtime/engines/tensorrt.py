@@ -206,8 +206,8 @@ class TensorRTEngine:
         if not self._closed:
             self._closed = True
             self.enter()
+            self._texts.close()  # waits for a prompt that is being made
             self.networks = {}
-            self._texts.close()
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread."""

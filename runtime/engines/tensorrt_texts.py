@@ -53,10 +53,10 @@ class Texts:
     def prompt(self, text: str, feeds: dict[str, Array], *graphs: str) -> Prompt:
         """Run graphs one after the other; K and V of the text stay on the GPU as long as the prompt lives."""
         engine, g, driver = self._engine, self._engine.geometry, self._driver
-        for graph in graphs:
-            engine.network(graph)  # is there, and the engine is open
         cross = (g.layers, 1, g.text_len, g.heads, g.head_dim)
-        with self._lock:
+        with self._lock:  # `close` waits for it
+            for graph in graphs:
+                engine.network(graph)  # is there, and the engine is open
             engine.enter()
             tensors = {"cross_k": (cross, engine.dtype), "cross_v": (cross, engine.dtype)}
             kept = Arena(driver, tensors, self._stream, "a prompt")

@@ -210,6 +210,12 @@ def test_a_sink_beyond_a_chunk_is_refused() -> None:
         dataclasses.replace(SMALL, sink=4)
 
 
+def test_a_window_without_room_for_a_chunk_beside_the_sink_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"window 5, sink 3, chunk 3.*window >= sink \+ chunk"):
+        dataclasses.replace(SMALL, window=5)
+    assert dataclasses.replace(SMALL, window=6).rows == SMALL.rows - 6 * SMALL.frame_tokens
+
+
 def test_load_refuses_a_bundle_with_any_byte_flipped(tiny_bundle: Path, tmp_path: Path) -> None:
     names = sorted(Manifest.load(tiny_bundle).files)
     assert "tokenizer.json" in names and "onnx/denoise.onnx" in names

@@ -9,6 +9,7 @@ import pytest
 from swiftvideo.runtime import (
     AnchorSettings,
     BridgeSettings,
+    EngineError,
     Geometry,
     Pipeline,
     PolicySettings,
@@ -99,6 +100,16 @@ def test_strength_is_one_minus_the_cosine(angle: float, rho: float) -> None:
     new = np.array([[np.cos(turn), np.sin(turn)], [np.sin(turn) * 5, np.cos(turn) * 5]], np.float32)
     np.testing.assert_allclose(switch_strength(old, new), [rho, rho], atol=1e-6)
     np.testing.assert_array_equal(switch_strength(np.zeros((1, 2), np.float32), old[:1]), [1])
+
+
+def test_strength_is_compared_as_it_is_not_rounded_to_float32() -> None:
+    old, new = np.array([[1, 0]], np.float32), np.array([[24, 7]], np.float32)
+    assert 0.04 <= switch_strength(old, new)[0] < 0.04 + 1e-15  # in float32 it is below 0.04
+
+
+def test_a_signature_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(EngineError, match="signature is not finite"):
+        switch_strength(np.ones((1, 2), np.float32), np.array([[1, np.nan]], np.float32))
 
 
 # -- what each policy does ---------------------------------------------------------------------------------------
@@ -339,6 +350,7 @@ def test_only_without_a_global_sink_a_recache_replaces_it(
         (lambda: BridgeSettings(tau_low=float("nan")), "tau_low nan"),
         (lambda: BridgeSettings(scale=0), "bridge.scale is 0: it must be positive"),
         (lambda: BridgeSettings(scale=float("inf")), "bridge.scale is inf"),
+        (lambda: BridgeSettings(scale=1e39), "bridge.scale is 1e\\+39: it must be positive and below 1.7e38"),
         (lambda: BridgeSettings(decay=1.1), r"bridge.decay is 1.1: it must be in \[0, 1\]"),
         (lambda: WindowSettings(min_size=0), "window.min_size is 0"),
         (lambda: WindowSettings(tau_post=-1), "window.tau_post is -1"),

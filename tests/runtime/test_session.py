@@ -136,6 +136,42 @@ def test_a_frame_of_the_past_is_refused(session: Session, texts: tuple[str, ...]
     assert session.prompt(texts[1], at_frame=c) == 1
 
 
+@pytest.mark.parametrize("frame", [30.5, float("nan"), float("inf"), "30"])
+def test_a_frame_that_is_no_whole_number_is_refused(
+    session: Session, texts: tuple[str, ...], frame: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"at_frame is .*a whole number of latent frames is needed"):
+        session.prompt(texts[1], at_frame=frame)
+    assert session.prompt(texts[1]) == 1
+    assert next(session).prompt_id == 1
+
+
+def test_a_frame_may_be_of_any_integer_type(session: Session, texts: tuple[str, ...], tmp_path: Path) -> None:
+    session.prompt(texts[1], at_frame=np.int64(session.geometry.chunk))
+    session.save(tmp_path / "x")
+    assert [next(session).prompt_id for _ in range(2)] == [0, 1]
+
+
+def test_while_a_chunk_is_made_the_next_boundary_is_its_end(
+    session: Session, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = session.geometry.chunk
+    session.prompt(texts[1], at_frame=c)
+    asked: list[int] = []
+
+    def ask() -> bool:
+        if not asked:  # within the first chunk
+            with pytest.raises(
+                UsageError, match=rf"at_frame is {c - 1} and the next chunk starts at latent frame {c}"
+            ):
+                session.prompt(texts[2], at_frame=c - 1)
+            asked.append(session.prompt(texts[2]))
+        return False
+
+    session.interrupt = ask
+    assert [next(session).prompt_id for _ in range(4)] == [0, 1, 2, 2] and asked == [2]
+
+
 @pytest.mark.parametrize("text", ["", "  ", "a purple-ish zebra", "red " * 300, 5])
 def test_a_bad_prompt_leaves_the_session_as_it_was(
     session: Session, texts: tuple[str, ...], text: Any
@@ -180,6 +216,61 @@ def test_a_failure_closes_the_session(session: Session, monkeypatch: pytest.Monk
     assert session.closed
     with pytest.raises(ClosedError):
         next(session)
+
+
+@pytest.mark.parametrize("moment", ["video_frames", "take"])
+def test_an_interrupt_after_decoding_loses_no_chunk_unseen(
+    session: Session, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    next(session)
+    owner = type(session.geometry) if moment == "video_frames" else type(session._rollout.memory.clock)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, moment, interrupt)
+        next(session)
+    with pytest.raises(ClosedError):
+        next(session)
+
+
+def test_closing_within_a_chunk_takes_effect_at_its_end(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors: Any = session._rollout.tensors
+    closed = False
+
+    def close(real: Any = tensors.close) -> None:
+        nonlocal closed
+        closed = True
+        real()
+
+    def within() -> bool:
+        session.close()
+        return closed
+
+    monkeypatch.setattr(tensors, "close", close)
+    session.interrupt = within
+    assert next(session).index == 0 and closed
+    with pytest.raises(ClosedError):
+        next(session)
+
+
+def test_a_chunk_within_a_chunk_is_refused(session: Session, tmp_path: Path) -> None:
+    errors: list[UsageError] = []
+
+    def within() -> bool:
+        for call in (lambda: next(session), lambda: session.save(tmp_path / "x")):
+            with pytest.raises(UsageError, match="is making a chunk: call next") as caught:
+                call()
+            errors.append(caught.value)
+        return False
+
+    session.interrupt = within
+    assert next(session).index == 0 and errors
+    session.interrupt = None
+    assert next(session).index == 1 and not list(tmp_path.iterdir())
 
 
 # -- threads -----------------------------------------------------------------------------------------------------

@@ -148,7 +148,21 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         told(settings={"policy": "x"}),
         told(surplus=1),
         lambda plain, arrays: plain["memory"]["cache"].__setitem__(5, 10**9),
-        lambda plain, arrays: plain["memory"].update(places=[0]),
+        *(
+            lambda plain, arrays, places=places: plain["memory"].update(places=places)
+            for places in ([0], [], None, [0, 0, 0, -1], [0, 0, 0, 0.5], [0, 0, 0, 0, 0], "0000")
+        ),
+        *(
+            lambda plain, arrays, scale=scale: plain["memory"].update(bridge_scale=scale)
+            for scale in (float("nan"), -1.0, 1e308, None)
+        ),
+        *(told(**{name: float("inf")}) for name in ("index", "number", "asked", "segment")),
+        told(pending=[[30.5, 3, "a red circle"]]),
+        told(pending=[[float("inf"), 3, "a red circle"]]),
+        lambda plain, arrays: arrays.update({"memory/anchor.0": arrays["memory/anchor.0"][:1]}),
+        lambda plain, arrays: arrays.update({"memory/bridge": np.repeat(arrays["memory/bridge"], 2, 1)}),
+        lambda plain, arrays: arrays.update({"memory/bridge": arrays["memory/bridge"] * np.float32("nan")}),
+        lambda plain, arrays: arrays.update({"memory/bridge": arrays["memory/bridge"].astype(np.float64)}),
         lambda plain, arrays: plain.pop("asked"),
         lambda plain, arrays: arrays.update({"engine/cache_v": arrays["engine/cache_v"][:1]}),
         lambda plain, arrays: arrays.update({"engine/cache_k": arrays["engine/cache_k"].astype(np.float64)}),
@@ -173,6 +187,20 @@ def test_a_file_that_was_tampered_with_is_refused(
     save_file(packed, path, {**header, "session": json.dumps(plain)})
     with pytest.raises(SwiftVideoError):
         pipeline.restore(path)
+
+
+def test_an_interrupt_while_saving_leaves_no_file(
+    pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pipeline.session(texts[0]) as session:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "replace", interrupt)
+            session.save(tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+        assert next(session).index == 0
 
 
 def test_what_cannot_be_written_leaves_no_file(

@@ -118,6 +118,7 @@ def test_far_frames_are_as_exact_as_near_ones() -> None:
         ((2**31, 12, 3, 4), "32 bits"),
         ((2**20, 2**20, 3, 4), "32 bits"),
         ((16, 12, 3, 2**40), "32 bits"),
+        ((2**70, 12, 3, 4), "frame_tokens does not fit 64 bits"),
     ],
 )
 def test_sizes_out_of_range_are_refused_with_the_value(
@@ -140,6 +141,7 @@ def test_sizes_out_of_range_are_refused_with_the_value(
         (2**61, 3, 12, "begins at frame 0"),
         (-(2**63), 3, 12, "begins at frame 0"),
         (2**64, 3, 12, "64 bits"),
+        pytest.param(1 << 20000, 3, 12, "start does not fit 64 bits", id="more digits than Python prints"),
         (18, 2**62, 12, "frames"),
     ],
 )
@@ -212,6 +214,16 @@ def test_wrong_buffers_are_refused(name: str, items: int, call: Callable[[Cache,
     for buffer in (np.zeros(items, np.int32), array.array("i", [0] * items), (ctypes.c_int32 * items)()):
         cache.restore(before)
         call(cache, buffer)
+
+
+@pytest.mark.parametrize(("name", "items", "call"), CALLS, ids=[name for name, _, _ in CALLS])
+def test_a_buffer_between_two_integers_is_refused(
+    name: str, items: int, call: Callable[[Cache, Any], object]
+) -> None:
+    crooked = memoryview(bytearray(4 * items + 1))[1:].cast("i")
+    with pytest.raises(UsageError, match=f"{name} does not lie at a multiple of 4 bytes"):
+        call(filled().cache, crooked)
+    call(filled().cache, memoryview(bytearray(4 * items)).cast("i"))
 
 
 def test_a_buffer_is_released_after_every_call() -> None:
