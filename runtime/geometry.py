@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from .errors import SettingsError
@@ -117,6 +117,18 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def _check_types(settings: object, name: str) -> None:
+    """Whole numbers, numbers and switches where they are declared; None where that is."""
+    for field_ in fields(settings):  # type: ignore[arg-type]
+        value, kinds = getattr(settings, field_.name), str(field_.type).split(" | ")
+        if value is None and "None" in kinds:
+            continue
+        wanted = {"bool": bool, "int": int, "float": (int, float)}[kinds[0]]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds[0] != "bool"):
+            words = {"bool": "True or False", "int": "a whole number", "float": "a number"}[kinds[0]]
+            raise SettingsError(f"{name}.{field_.name} is {value!r}: {words} is needed")
+
+
 def _check_scale(name: str, value: float) -> None:
     """Positive, and finite in float32, in which tokens are scaled."""
     _check(0 < value < 2.0**127, f"{name} is {value}: it must be positive and below 1.7e38")
@@ -135,6 +147,7 @@ class BridgeSettings:
     decay: float = 0.85
 
     def __post_init__(self) -> None:
+        _check_types(self, "bridge")
         _check(self.recent >= 1, f"bridge.recent is {self.recent}: use at least 1 frame")
         _check(
             self.micro is None or self.micro >= 1,
@@ -158,6 +171,7 @@ class WindowSettings:
     tau_pre: float | None = 9.0
 
     def __post_init__(self) -> None:
+        _check_types(self, "window")
         _check(
             self.min_size is None or self.min_size >= 1, f"window.min_size is {self.min_size}: use 1 or more"
         )
@@ -176,6 +190,7 @@ class AnchorSettings:
     scale: float = 0.8
 
     def __post_init__(self) -> None:
+        _check_types(self, "anchors")
         _check(self.recent is None or self.recent >= 1, f"anchors.recent is {self.recent}: use 1 or more")
         _check(self.max >= 0, f"anchors.max is {self.max}: it must not be negative")
         _check(0 <= self.mix <= 1, f"anchors.mix is {self.mix}: it must be in [0, 1]")
@@ -194,6 +209,17 @@ class PolicySettings:
     anchors: AnchorSettings = field(default_factory=AnchorSettings)
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("bridge", BridgeSettings),
+            ("window", WindowSettings),
+            ("anchors", AnchorSettings),
+        ):
+            value = getattr(self, name)
+            _check(isinstance(value, kind), f"{name} is {value!r}: a {kind.__name__} is needed")
+        _check(
+            isinstance(self.global_sink, bool),
+            f"global_sink is {self.global_sink!r}: True or False is needed",
+        )
         _check(
             self.policy in ("swift", "recache", "keep", "cut"),
             f"policy is {self.policy!r}: use 'swift', 'recache', 'keep' or 'cut'",

@@ -81,8 +81,9 @@ class Pipeline:
     ) -> Session:
         """Start a video.
 
-        seed: 0 to 2^64 - 1; the same seed, prompts and bundle give the same video. policy: settings; or the name of
-        a policy, the rest being the bundle's settings; None: the bundle's.
+        seed: 0 to 2^64 - 1; the same seed, prompts and bundle give the same video, on the same engine, kind
+        of processor and number of threads (with others, a frame's values may differ by one).
+        policy: settings; or the name of a policy, the rest being the bundle's settings; None: the bundle's.
 
         Raises:
             PromptError: the prompt is empty, too long, or has unknown words.
@@ -95,6 +96,8 @@ class Pipeline:
             policy = self.settings
         elif isinstance(policy, str):
             policy = dataclasses.replace(self.settings, policy=cast(Policy, policy))
+        elif not isinstance(policy, PolicySettings):
+            raise SettingsError(f"policy is {policy!r}: give PolicySettings, the name of a policy, or None")
         return Session(self.engine, self.encode, policy, prompt, seed, self.manifest.fingerprint)
 
     def restore(self, path: str | Path) -> Session:

@@ -145,8 +145,11 @@ class Session:
 
         Raises:
             ClosedError: the session was closed.
-            EngineError: the engine failed. The session is closed then, for its memory is undefined.
-            StoppedError: `interrupt` said so; the session is closed likewise.
+            EngineError: the engine failed.
+            StoppedError: `interrupt` said so.
+
+        Whatever is raised within, KeyboardInterrupt too, closes the session, for its memory is undefined then. Where
+        it must go on, `save` it before.
         """
         return self._alone(self._next, fatal=True)
 
@@ -171,6 +174,9 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file, from which `Pipeline.restore` goes on byte for byte.
+
+        Only its owner may read the file, whatever the umask. The same engine, kind of processor and number of threads
+        make the same bytes; with others, a frame's values may differ by one.
 
         Raises:
             UsageError: the file cannot be written, or a prompt was made from embeddings.

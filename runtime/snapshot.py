@@ -1,6 +1,7 @@
 """A session in a file: safetensors arrays with the rest as JSON in their header. Never pickle.
 
-A restored session continues byte for byte. Prompts are saved as text and encoded again.
+A restored session continues byte for byte, on the same engine, kind of processor and number of threads; with others,
+a frame's values may differ by one. Prompts are saved as text and encoded again.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -77,14 +79,19 @@ def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings
     tensors = {f"memory/{name}": value for name, value in arrays.items()}
     tensors |= {f"engine/{name}": value for name, value in rollout.tensors.export_state().items()}
     tensors["emitted"] = rollout.emitted
-    partial = Path(f"{path}.partial")
     packed = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    try:
+        path = Path(path)
+        partial = Path(f"{path}.partial")
+    except TypeError as error:
+        raise UsageError(f"path is {path!r}: the name of a file is needed") from error
     try:
         save_file(packed, partial, {"format": FORMAT, "session": json.dumps(plain)})
         partial.replace(path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
+        with suppress(OSError, ValueError):  # of a name that cannot be
+            partial.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError, SafetensorError)):
             raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
         raise
 
@@ -107,12 +114,16 @@ def read(path: str | Path) -> Saved:
         for name in ("number", "asked", "index", "segment"):
             plain[name] = index(plain[name])
         plain["seed"] = checked_seed(plain["seed"])
-        return Saved(**plain, arrays=arrays)
+        saved = Saved(**plain, arrays=arrays)
+        counts = saved.number, saved.asked, saved.index, saved.segment
+        if min(counts) < 0 or max(counts) >= 1 << 62 or saved.number >= saved.asked:
+            raise ValueError(f"number, asked, index and segment are {counts}")
+        return saved
     except FileNotFoundError as error:
         raise UsageError(f"{path} is not there: save a session to it first") from error
     except UsageError:
         raise
-    except (OSError, SafetensorError, BundleError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, BundleError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is no saved session ({error}): save it again") from error
 
 

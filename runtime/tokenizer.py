@@ -96,9 +96,11 @@ class PromptTokenizer:
 
     def _explain(self, unknown: list[str]) -> str:
         """What to write instead of words that are not known."""
-        message = f"this model does not know {', '.join(map(repr, unknown))}: use other words"
+        shown = [word if len(word) <= 40 else word[:39] + "…" for word in unknown[:20]]
+        more = f" and {len(unknown) - len(shown)} more words" if len(unknown) > len(shown) else ""
+        message = f"this model does not know {', '.join(map(repr, shown))}{more}: use other words"
         words = self.words
-        near = sorted({hit for word in unknown for hit in difflib.get_close_matches(word.lower(), words, 2)})
+        near = sorted({hit for word in shown for hit in difflib.get_close_matches(word.lower(), words, 2)})
         if near:
             message += f", perhaps {' or '.join(map(repr, near))}"
         if len(words) <= SMALL_VOCABULARY:

@@ -16,6 +16,7 @@ from .engines import open_pipeline
 from .limits import cpu_limits, gpu_of
 from .machine import describe, memory_mib
 from .output import check_output
+from .story import LONGEST
 from .work import Watched, work_figures
 
 PROMPTS = (
@@ -65,6 +66,8 @@ def measure(
         raise UsageError(f"{memory_chunks} chunks for memory: use 0, or more than {MEMORY_FROM}")
     if chunks is not None and seconds is not None:
         raise UsageError("--chunks and --seconds both say how long to measure: give one of them")
+    if seconds is not None and not 0 <= seconds <= LONGEST:
+        raise UsageError(f"--seconds is {seconds}: it must be in 0 to {LONGEST:.0f}")
     with open_pipeline(bundle, engine, threads) as pipeline:
         geometry, prompts = pipeline.geometry, prompts_for(pipeline)
         frames = geometry.chunk * geometry.temporal_stride

@@ -12,7 +12,7 @@ from rich.table import Table
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the figures of `measure` as a table."""
-    say = functools.partial(console.print, soft_wrap=True)
+    say = sayer(console)
     machine, speed = result["machine"], result["frames_per_second"]
     where = result["gpu"] or f"{result['threads']} threads"
     say(
@@ -60,6 +60,11 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{held['one_session']['allocated']:.0f} MiB with a session"
             + ("" if most is None else f", {most:.0f} MiB at most")
         )
+
+
+def sayer(console: Console) -> Callable[[str], None]:
+    """What prints a line as it is: `[export]` is no markup, and a line is broken by the terminal alone."""
+    return functools.partial(console.print, soft_wrap=True, markup=False)
 
 
 def _show_work(result: dict[str, Any], console: Console, say: Callable[[str], None]) -> None:

@@ -351,6 +351,10 @@ def main() -> None:
     except UsageError as error:
         typer.echo(f"swiftvideo: {error}", err=True)
         sys.exit(2)
-    except SwiftVideoError as error:
+    except (SwiftVideoError, OSError) as error:  # of the system: no space for what is said, say
         typer.echo(f"swiftvideo: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,14 +36,11 @@ def findings() -> list[Finding]:
         _embedded(),
         _onnxruntime(),
         *gpu_findings(),
+        _torch(),
         _video(),
     ]
-    missing = [
-        name for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers") if not _there(name)
-    ]
-    note = f"torch {_release('torch')}, onnx {_release('onnx')}"
-    if missing:
-        note = f"{', '.join(missing)} not installed: pip install 'swiftvideo[export]'"
+    missing = _missing()
+    note = missing or f"torch {_release('torch')}, onnx {_release('onnx')}"
     return [*found, Finding("export and verify", not missing, note)]
 
 
@@ -77,6 +74,13 @@ def _onnxruntime() -> Finding:
     return Finding("engine onnxruntime", True, f"{onnxruntime.__version__}, CPU")
 
 
+def _torch() -> Finding:
+    missing = _missing()
+    if missing:
+        return Finding("engine torch", False, missing)
+    return Finding("engine torch", True, f"{_release('torch')}; a GPU if torch sees one, else the CPU")
+
+
 def _video() -> Finding:
     from .output import OutputError
 
@@ -90,8 +94,11 @@ def _video() -> Finding:
         return Finding("video", False, str(error))
 
 
-def _there(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def _missing() -> str:
+    """Which parts of the extra `export` are not there, and the remedy; empty if all are."""
+    names = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: pip install 'swiftvideo[export]'" if missing else ""
 
 
 def _release(name: str) -> str:

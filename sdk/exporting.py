@@ -190,7 +190,7 @@ def _show(report: Any, console: Console) -> None:
     console.print(table)
     console.print("Errors are the largest difference over the largest value; of frames, levels of 255.")
     for engine, reason in report.unavailable.items():
-        console.print(f"{engine}: not compared. {reason}")
+        console.print(f"{engine}: not compared. {reason}", markup=False)
 
 
 def _bar(enabled: bool = True) -> Progress:

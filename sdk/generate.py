@@ -114,7 +114,11 @@ class _Interrupts:
 
     def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._old = {
+                number: signal.signal(number, self._handle)
+                for number in self.SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN  # as a shell's background jobs have it
+            }
         return self
 
     def __exit__(self, *_: object) -> None:

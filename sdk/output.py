@@ -16,16 +16,24 @@ def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     """`path` if a file with one of `suffixes` can be written there; call it before any long work.
 
     Raises:
-        UsageError: another suffix, or a folder is in the way.
-        OutputError: the folder is missing, or not writable.
+        UsageError: another suffix, or something that is no file is in the way.
+        OutputError: the folder is missing or not writable, or the name is impossible.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"output {str(path)!r}: the name must end in {' or '.join(suffixes)}")
-    if path.is_dir():
+    try:
+        real = Path(os.path.realpath(path))  # a link may lead to where nothing is yet
+        exists = real.exists()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"output {str(path)!r}: {error}; choose another name") from error
+    if real.is_dir():
         raise UsageError(f"output {str(path)!r} is a folder: give a file's name")
-    if not path.parent.is_dir():
-        raise OutputError(f"folder {str(path.parent)!r} is not there: make it first, mkdir -p {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if exists and not real.is_file():
+        raise UsageError(f"output {str(path)!r} is a pipe or a device: give a file's name")
+    folder = path.parent if real.parent == Path(os.path.realpath(path.parent)) else real.parent
+    if not folder.is_dir():
+        raise OutputError(f"folder {str(folder)!r} is not there: make it first, mkdir -p {folder}")
+    if not os.access(real if exists else folder, os.W_OK):
         raise OutputError(f"{str(path)!r} cannot be written: change its permissions or choose another folder")
     return path

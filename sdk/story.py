@@ -11,7 +11,6 @@ prompts:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,11 @@ import yaml
 from swiftvideo.runtime.errors import UsageError
 from swiftvideo.runtime.geometry import Geometry
 
-_TIME = re.compile(r"(?=\d)(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+_TIME = re.compile(
+    r"(?=[\d.])(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d*\.?\d+)s)?(?:(\d*\.?\d+)ms)?", re.ASCII | re.IGNORECASE
+)
+LONGEST = 366 * 86400.0
+"""Seconds of a story or a time in one."""
 _KEYS = ("prompts", "seconds", "seed", "policy")
 _CUE_KEYS = ("prompt", "at")
 POLICIES = ("swift", "recache", "keep", "cut")
@@ -56,8 +59,10 @@ class Story:
     def __post_init__(self) -> None:
         if not self.cues:
             raise UsageError("a story without prompts: give at least one")
-        if not 0 < self.seconds < math.inf:
-            raise UsageError(f"seconds is {self.seconds}: it must be positive")
+        if not 0 < self.seconds <= LONGEST:
+            raise UsageError(
+                f"seconds is {self.seconds:g}: it must be above 0 and at most {LONGEST:.0f}, a year"
+            )
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed is {self.seed}: it must be in 0 to 2**64 - 1")
         if self.policy is not None and self.policy not in POLICIES:
@@ -92,12 +97,12 @@ def parse_time(text: str | float) -> float:
         stripped = text.strip()
         if match := _TIME.fullmatch(stripped):
             hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-            return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
-        if not re.fullmatch(r"\d+(\.\d+)?", stripped):
-            raise UsageError(f"time {text!r}: write it like 4s, 1m30s or 500ms")
+            text = hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+        elif not re.fullmatch(r"\d*\.?\d+", stripped, re.ASCII):
+            raise UsageError(f"time {text[:40]!r}: write it like 4s, 1m30s or 500ms")
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise UsageError(f"time {text!r}: it must not be negative")
+    if not 0 <= value <= LONGEST:
+        raise UsageError(f"time {str(text)[:40]!r}: it must be in 0 to {LONGEST:.0f} seconds, a year")
     return value
 
 
@@ -142,7 +147,7 @@ def read_story(path: str | Path) -> Story:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"story {str(path)!r} cannot be read: {error}") from error
     return parse_story(text, str(path))
 
@@ -156,6 +161,8 @@ def parse_story(text: str, name: str = "story") -> Story:
         line = mark.line + 1 if mark is not None else 1
         problem = getattr(error, "problem", None) or "not YAML"
         raise UsageError(f"{name}, line {line}: {problem}") from error
+    except RecursionError as error:
+        raise UsageError(f"{name}: it is nested too deeply; a story has two levels") from error
     if root is None:
         raise UsageError(f"{name} is empty: it needs the key prompts")
     reader = _Reader(name)
@@ -191,8 +198,9 @@ class _Reader:
             raise self.error(node, f"the keys {', '.join(keys)} are expected here")
         found: dict[str, yaml.Node] = {}
         for key, value in node.value:
-            if key.value not in keys:
-                raise self.error(key, f"unknown key {key.value!r}: use {', '.join(keys)}")
+            if not isinstance(key, yaml.ScalarNode) or key.value not in keys:
+                shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "that is no word"
+                raise self.error(key, f"unknown key {shown}: use {', '.join(keys)}")
             if key.value in found:
                 raise self.error(key, f"the key {key.value!r} is there twice")
             found[key.value] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,11 @@ def choose_codec() -> str:
     )
 
 
+def _reason(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error}" + (": make room or choose another disk" if full else "")
+
+
 class VideoWriter:
     """Writes RGB frames to an MP4 file (yuv420p, BT.709), replacing a file of that name.
 
@@ -79,10 +85,11 @@ class VideoWriter:
         self.codec = codec or choose_codec()
         self.frames = 0
         """Frames written so far."""
-        self._closed = False
+        self._closed = self._failed = False
+        self._existed = self.path.exists()  # FFmpeg opens the file only with the first packet
         try:
             self._container = av.open(
-                str(self.path),
+                f"file:{self.path}",  # else FFmpeg takes what stands before a colon for a protocol
                 "w",
                 format="mp4",
                 options={"movflags": "hybrid_fragmented", "flush_packets": "1"},
@@ -132,21 +139,22 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(frame))
                 self.frames += 1
         except (FFmpegError, OSError) as error:
-            raise OutputError(f"{str(self.path)!r}: writing failed, {error}; is the disk full?") from error
+            self._failed = True
+            raise OutputError(f"{str(self.path)!r}: writing failed, {_reason(error)}") from error
 
     def close(self) -> None:
-        """Finish the file; a file without any frame is removed. Twice is fine."""
+        """Finish the file; without any frame none is left, and one that was there stays. Twice is fine."""
         if self._closed:
             return
         self._closed = True
         try:
-            if self.frames:
+            if self.frames and not self._failed:  # after a failure it would crash
                 self._container.mux(self._stream.encode(None))
             self._container.close()
         except (FFmpegError, OSError) as error:
-            raise OutputError(f"{str(self.path)!r}: closing failed, {error}; is the disk full?") from error
+            raise OutputError(f"{str(self.path)!r}: closing failed, {_reason(error)}") from error
         finally:
-            if not self.frames:
+            if not self.frames and not self._existed:
                 self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:

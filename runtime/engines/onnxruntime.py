@@ -32,6 +32,10 @@ Array = NDArray[Any]
 DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
+MOST_THREADS = 4
+"""For every core. Hundreds wait for each other instead of working."""
+
+
 class OnnxRuntimeEngine:
     """Engine over a bundle's ONNX graphs (see `swiftvideo.runtime.engine.Engine`).
 
@@ -52,8 +56,12 @@ class OnnxRuntimeEngine:
                 f"the bundle is {manifest.dtype}, which ONNX Runtime does not compute on a CPU: "
                 "export it with --dtype fp32, or use the TensorRT engine on a GPU"
             )
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}: use at least 1, or None for every core")
+        most = MOST_THREADS * usable_cores()
+        if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= most):
+            raise UsageError(
+                f"threads is {threads!r}: use 1 to {most}, {MOST_THREADS} for every core that this process may use, "
+                "or None for every core"
+            )
         self.geometry: Geometry = manifest.geometry
         self.dtype = DTYPES[manifest.dtype]
         self.threads = threads or usable_cores()

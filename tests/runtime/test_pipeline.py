@@ -50,7 +50,10 @@ def test_load_takes_a_path_as_text(tiny_bundle: Path, pipeline: Pipeline) -> Non
     [
         ("quantum", None, SettingsError, r"engine is 'quantum': use 'auto', 'onnxruntime'"),
         ("tensorrt", None, EngineUnavailableError, r"use engine='onnxruntime'"),
-        ("auto", 0, UsageError, r"threads is 0: use at least 1"),
+        ("auto", 0, UsageError, r"threads is 0: use 1 to"),
+        ("auto", 100_000, UsageError, r"threads is 100000: use 1 to"),
+        ("auto", "2", UsageError, r"threads is '2': use 1 to"),
+        ("auto", 1.5, UsageError, r"threads is 1.5: use 1 to"),
     ],
 )
 def test_load_refuses_what_it_cannot_run(
@@ -105,6 +108,11 @@ def test_policies_go_by_name_or_by_settings(pipeline: Pipeline, texts: tuple[str
             assert session.settings == expected
     with pytest.raises(SettingsError, match=r"policy is 'forget': use 'swift', 'recache', 'keep' or 'cut'"):
         pipeline.session(texts[0], policy="forget")
+    wrong: Any = 5
+    with pytest.raises(
+        SettingsError, match=r"policy is 5: give PolicySettings, the name of a policy, or None"
+    ):
+        pipeline.session(texts[0], policy=wrong)
 
 
 def test_an_encoded_prompt_serves_several_sessions(pipeline: Pipeline, texts: tuple[str, ...]) -> None:

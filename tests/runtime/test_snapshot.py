@@ -156,7 +156,12 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
             lambda plain, arrays, scale=scale: plain["memory"].update(bridge_scale=scale)
             for scale in (float("nan"), -1.0, 1e308, None)
         ),
-        *(told(**{name: float("inf")}) for name in ("index", "number", "asked", "segment")),
+        *(
+            told(**{name: value})
+            for name in ("index", "number", "asked", "segment")
+            for value in (float("inf"), -1, 10**30, 0.5)
+        ),
+        told(number=7, asked=7),
         told(pending=[[30.5, 3, "a red circle"]]),
         told(pending=[[float("inf"), 3, "a red circle"]]),
         lambda plain, arrays: arrays.update({"memory/anchor.0": arrays["memory/anchor.0"][:1]}),
@@ -209,8 +214,12 @@ def test_what_cannot_be_written_leaves_no_file(
     with pipeline.session(texts[0]) as session:
         with pytest.raises(UsageError, match=r"cannot be written .*choose another place"):
             session.save(tmp_path / "no" / "x")
-        with pytest.raises(UsageError, match=r"cannot be written"):
-            session.save(tmp_path)
+        for impossible in (tmp_path, tmp_path / ("x" * 300), f"{tmp_path}/a\0b"):
+            with pytest.raises(UsageError, match=r"cannot be written"):
+                session.save(impossible)
+        wrong: Any = None
+        with pytest.raises(UsageError, match="path is None: the name of a file is needed"):
+            session.save(wrong)
         prompt = dataclasses.replace(
             turned(pipeline.encode(texts[0]), pipeline.encode(texts[1]), 0.5), text=""
         )

@@ -56,6 +56,8 @@ def test_words_are_the_vocabulary_without_special_tokens() -> None:
             "a Cirkle",
             r"does not know 'Cirkle', 'a': use other words, perhaps 'circle'.*It knows: blue, circle",
         ),
+        ("red " + "z" * 99, r"does not know 'z{39}…': use other words"),
+        (" ".join(f"z{number}" for number in range(30)), r"'z\d+' and 10 more words: use other words"),
         (7, r"the prompt is int 7: a string is needed"),
         (None, r"the prompt is NoneType None"),
     ],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from swiftvideo.runtime import Manifest, UsageError, load
 from swiftvideo.runtime.errors import EngineError
-from swiftvideo.sdk import bench, bench_model, limits
+from swiftvideo.sdk import bench, bench_model, bench_table, limits
 from swiftvideo.sdk.work import Call, Watched, work_figures
 
 pytest.importorskip("onnx")
@@ -78,6 +80,16 @@ def test_without_onnx(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "onnx", None)
     rows, why = work_figures(Manifest.load(tiny_bundle), {}, ([], 1), ([], 1), [])
     assert rows is None and why == "counting work needs onnx: pip install 'swiftvideo[export]'"
+
+
+def test_advice_is_printed_as_it_is() -> None:
+    made = io.StringIO()
+    why = "counting work needs onnx: pip install 'swiftvideo[export]'"
+    console = Console(file=made)
+    bench_table._show_work(
+        {"limits": None, "work": None, "work_unknown": why}, console, bench_table.sayer(console)
+    )
+    assert why in made.getvalue()
 
 
 def test_options_that_contradict_each_other(tmp_path: Path) -> None:

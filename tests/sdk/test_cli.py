@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -123,7 +124,11 @@ def test_the_same_seed_writes_the_same_frames(options: list[object], tmp_path: P
     [
         (["--prompt", RED, "--at", "soon", "--prompt", BLUE], 2, "time 'soon': write it like 4s, 1m30s"),
         (["--prompt", RED, "--prompt", BLUE], 2, "2 --prompt and 0 --at"),
-        (["--prompt", RED, "--seconds", "0"], 2, "seconds is 0.0: it must be positive"),
+        (
+            ["--prompt", RED, "--seconds", "0"],
+            2,
+            "seconds is 0: it must be above 0 and at most 31622400, a year",
+        ),
         (
             ["--prompt", RED, "--at", "5s", "--prompt", BLUE, "--seconds", "4"],
             2,
@@ -245,6 +250,34 @@ def test_an_interrupted_process_keeps_what_was_made(
     assert report["contact_sheet"] == str(tmp_path / "x.png") and (tmp_path / "x.png").stat().st_size > 0
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, options: list[object]) -> None:
+    given = ("generate", "--prompt", RED, "--seconds", 4, "--out", tmp_path / "x.mp4", *options)
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a child inherits that, as a shell's background jobs do
+    try:
+        child = process(*given, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        while child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.communicate()
+    assert child.returncode == 0 and video(tmp_path / "x.mp4")[0] > 40
+
+
+def test_output_that_cannot_be_said_is_one_sentence(tmp_path: Path, options: list[object]) -> None:
+    given = ("generate", "--prompt", RED, "--seconds", 1, "--out", tmp_path / "x.mp4", "--json", *options)
+    with Path("/dev/full").open("w") as full:
+        command = [*COMMAND, *map(str, given)]
+        child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert child.returncode == 1
+    assert child.stderr == "swiftvideo: [Errno 28] No space left on device\n"
+
+
 # -- the other commands ------------------------------------------------------------------------------------------
 
 
@@ -302,13 +335,17 @@ def test_doctor_says_what_runs_here(
     assert Manifest.load(tiny_bundle).model in lines["embedded model"]
     assert " no " in lines["engine tensorrt"]
     monkeypatch.setattr(runtime_pipeline, "EMBEDDED", tmp_path)
-    monkeypatch.setattr(doctor, "_there", lambda name: name != "torch")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
     monkeypatch.delitem(sys.modules, "swiftvideo.sdk.video", raising=False)
     monkeypatch.setitem(sys.modules, "av", None)
     out = run("doctor").stdout
     assert "pip install av" in out
     assert "no bundle at" in out
-    assert "torch not installed: pip install 'swiftvideo[export]'" in out
+    assert out.count("torch not installed: pip install 'swiftvideo[export]'") == 2
+    assert "engine torch" in out
 
 
 def test_version_and_help_and_wrong_usage() -> None:

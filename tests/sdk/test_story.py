@@ -48,13 +48,36 @@ prompts:
         (0.25, 0.25),
         ("1h2m3s4ms", 3723.004),
         (" 3s ", 3),
+        (".5", 0.5),
+        (".5s", 0.5),
+        ("1S", 1),
     ],
 )
 def test_times(text: str | float, seconds: float) -> None:
     assert parse_time(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "s", "4 s", "-1s", "1s1m", "4sec", -1, "nan", True, "1e3s"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "s",
+        "4 s",
+        "-1s",
+        "1s1m",
+        "4sec",
+        -1,
+        "nan",
+        True,
+        "1e3s",
+        ".",
+        "1.",
+        "1.s",
+        "\u0661s",
+        "9" * 300,
+        "9999h",
+    ],
+)
 def test_what_is_no_time_is_refused_with_the_value(text: str | float) -> None:
     with pytest.raises(UsageError, match="time"):
         parse_time(text)
@@ -97,6 +120,9 @@ def test_what_a_file_leaves_out() -> None:
         ("prompts:\n- prompt: a\n- prompt: b\n  at: 3s\n- prompt: c\n  at: 2s", "must rise"),
         ("prompts:\n- prompt: a\n -", "line 3"),
         ("prompts: !!python/object:os.system [x]", "line 1"),
+        ("? [a, b]\n: 3\nprompts:\n- prompt: a", "line 1: unknown key that is no word"),
+        ("[" * 5000, "nested too deeply"),
+        ("seconds: 1e30\nprompts:\n- prompt: a", "line 1: time '1e30'"),
     ],
 )
 def test_errors_name_the_file_the_line_and_the_value(text: str, message: str) -> None:

@@ -109,6 +109,49 @@ def test_a_file_without_frames_is_not_left_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_was_there_stays_where_nothing_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"precious")
+    VideoWriter(path, 64, 64, 12).close()
+    assert path.read_bytes() == b"precious"
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from swiftvideo.sdk.output import OutputError
+from swiftvideo.sdk.video import VideoWriter
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no byte fits
+writer = VideoWriter(sys.argv[1], 64, 64, 12)
+try:
+    writer.write(np.zeros((300, 64, 64, 3), np.uint8))
+except OutputError as error:
+    print(error)
+writer.close()
+print("closed")
+"""
+
+
+def test_a_disk_that_is_full_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "a.mp4")], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    first, last = child.stdout.splitlines()
+    assert "a.mp4': writing failed" in first and last == "closed"
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4", "a%03d.mp4", "-a.mp4"])
+def test_a_name_means_a_file_whatever_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter(name, 64, 64, 12) as writer:
+        writer.write(colours(3))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and len(read(tmp_path / name)) == 3
+
+
 @pytest.mark.parametrize(
     "frames",
     [
