@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import SettingsError
 
@@ -117,16 +117,23 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-def _check_types(settings: object, name: str) -> None:
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
+
+
+def _check_types(settings: Any, name: str) -> None:
     """Whole numbers, numbers and switches where they are declared; None where that is."""
-    for field_ in fields(settings):  # type: ignore[arg-type]
-        value, kinds = getattr(settings, field_.name), str(field_.type).split(" | ")
-        if value is None and "None" in kinds:
-            continue
-        wanted = {"bool": bool, "int": int, "float": (int, float)}[kinds[0]]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds[0] != "bool"):
-            words = {"bool": "True or False", "int": "a whole number", "float": "a number"}[kinds[0]]
-            raise SettingsError(f"{name}.{field_.name} is {value!r}: {words} is needed")
+    for declared in fields(settings):
+        value = getattr(settings, declared.name)
+        kind, *others = str(declared.type).split(" | ")
+        types, words = _KINDS[kind]
+        fits = isinstance(value, types) and isinstance(value, bool) == (kind == "bool")
+        _check(
+            fits or (value is None and "None" in others), f"{name}.{declared.name} is {value!r}: use {words}"
+        )
 
 
 def _check_scale(name: str, value: float) -> None:
@@ -215,10 +222,10 @@ class PolicySettings:
             ("anchors", AnchorSettings),
         ):
             value = getattr(self, name)
-            _check(isinstance(value, kind), f"{name} is {value!r}: a {kind.__name__} is needed")
+            _check(isinstance(value, kind), f"{name} is {value!r}: use {kind.__name__}")
         _check(
             isinstance(self.global_sink, bool),
-            f"global_sink is {self.global_sink!r}: True or False is needed",
+            f"global_sink is {self.global_sink!r}: use True or False",
         )
         _check(
             self.policy in ("swift", "recache", "keep", "cut"),

@@ -53,8 +53,8 @@ def choose_codec() -> str:
     )
 
 
-def _reason(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _reason(error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return f"{error}" + (": make room or choose another disk" if full else "")
 
 

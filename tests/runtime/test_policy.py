@@ -359,12 +359,12 @@ def test_only_without_a_global_sink_a_recache_replaces_it(
         (lambda: AnchorSettings(max=-1), "anchors.max is -1"),
         (lambda: AnchorSettings(mix=1.5), "anchors.mix is 1.5"),
         (lambda: AnchorSettings(scale=-1), "anchors.scale is -1"),
-        (lambda: BridgeSettings(recent=1.5), "bridge.recent is 1.5: a whole number"),  # type: ignore[arg-type]
-        (lambda: BridgeSettings(enabled=1), "bridge.enabled is 1: True or False"),  # type: ignore[arg-type]
-        (lambda: AnchorSettings(mix="x"), "anchors.mix is 'x': a number"),  # type: ignore[arg-type]
-        (lambda: WindowSettings(min_size=True), "window.min_size is True: a whole number"),
-        (lambda: PolicySettings(bridge={}), "bridge is {}: a BridgeSettings"),  # type: ignore[arg-type]
-        (lambda: PolicySettings(global_sink=1), "global_sink is 1: True or False"),  # type: ignore[arg-type]
+        (lambda: BridgeSettings(recent=1.5), "bridge.recent is 1.5: use a whole number"),  # type: ignore[arg-type]
+        (lambda: BridgeSettings(enabled=1), "bridge.enabled is 1: use True or False"),  # type: ignore[arg-type]
+        (lambda: AnchorSettings(mix="x"), "anchors.mix is 'x': use a number"),  # type: ignore[arg-type]
+        (lambda: WindowSettings(min_size=True), "window.min_size is True: use a whole number"),
+        (lambda: PolicySettings(bridge={}), "bridge is {}: use BridgeSettings"),  # type: ignore[arg-type]
+        (lambda: PolicySettings(global_sink=1), "global_sink is 1: use True or False"),  # type: ignore[arg-type]
         (lambda: PolicySettings(policy="x"), "policy is 'x': use"),  # type: ignore[arg-type]
         (lambda: PolicySettings(positions="x"), "positions is 'x': use"),  # type: ignore[arg-type]
     ],
