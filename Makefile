@@ -6,12 +6,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard runtime/csrc/*)
 
-.PHONY: help demo test test-wheel check format lint types imports sanitize protocol bench soak proto clean
+.PHONY: help demo test test-wheel test-lowest check format lint types imports sanitize protocol bench soak proto clean
 
 help:
 	@echo "make demo        a three-prompt video and its contact sheet in out/ (no GPU, no torch)"
 	@echo "make test        the whole test suite, ARGS='-k cache' to choose"
 	@echo "make test-wheel  the suite against an installed wheel"
+	@echo "make test-lowest what needs no torch, with the lowest versions that pyproject.toml allows"
 	@echo "make check       format, lint, types, import contracts, the C core under sanitizers"
 	@echo "make format      rewrite the sources as 'make check' wants them"
 	@echo "make bench       benchmarks: table and JSON"
@@ -50,6 +51,18 @@ test-wheel: $(VENV)/.dev
 		> "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
 	SWIFTVIDEO_INSTALLED=build/wheel-venv build/wheel-venv/bin/python -m pytest $(ARGS)
+
+# The lowest versions of what the package itself needs; torch and the service are not part of it.
+LOWEST := build/lowest/bin/python -m
+test-lowest:
+	rm -rf build/lowest
+	$(PYTHON) -m venv build/lowest
+	$(LOWEST) pip install --quiet --disable-pip-version-check \
+		$$($(PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*(need.replace('>=', '==') for need in project['dependencies']))") \
+		pytest pytest-timeout hypothesis psutil
+	$(LOWEST) pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(LOWEST) pytest tests/runtime tests/sdk $(ARGS)
 
 check: lint types imports protocol sanitize
 

@@ -137,19 +137,21 @@ class _Progress:
 
     def __init__(self, enabled: bool) -> None:
         self.report: Any = None
+        self._enabled = enabled
         self._bar = Progress(
             TextColumn("{task.fields[prompt]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f} frames {task.fields[state]}"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
-            disable=not enabled,
         )
         self._task: Any = None
         self._mode = ""
 
     def update(self, chunk: Any, report: Any) -> None:
         self.report = report
+        if not self._enabled:
+            return
         if self._task is None:
             self._bar.start()  # not before: an empty bar leaves an empty line
             self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
