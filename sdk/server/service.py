@@ -17,6 +17,7 @@ from swiftvideo.v1 import generation_pb2 as pb
 from . import payload, settings, tracing
 from .auth import Identity, TokenFile, identify
 from .manager import SessionManager
+from .reattach import reattach
 from .session import Outbox, ServedSession
 from .status import Refusal, invalid, refusal, wrong_order
 
@@ -94,10 +95,10 @@ class GenerationService:
         """One call of a session: from start or reattach until it ends or breaks."""
         with tracing.call("Generate", client=identity.name) as span:
             session, outbox = await self._begin(context, identity)
-            span.note(session=session.id)
-            self._run(self._read(context, session, outbox), f"read {session.id}")
-            writer = self._run(self._write(context, session, outbox), f"write {session.id}")
             try:
+                span.note(session=session.id)
+                self._run(self._read(context, session, outbox), f"read {session.id}")
+                writer = self._run(self._write(context, session, outbox), f"write {session.id}")
                 await asyncio.shield(writer)
             finally:
                 self._manager.detach(session, outbox)
@@ -117,9 +118,9 @@ class GenerationService:
             raise wrong_order("the call closed before its first message: send start or reattach")
         kind = _kind(first)
         if kind == "start":
-            return await self._manager.start(identity.name, first.start)
+            return await self._manager.start(identity.name, first.start, context.peer())
         if kind == "reattach":
-            return await self._manager.reattach(identity.name, first.reattach)
+            return await reattach(self._manager, identity.name, first.reattach, context.peer())
         raise wrong_order(f"the first message is {kind}: send start or reattach first")
 
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
