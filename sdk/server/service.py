@@ -14,12 +14,13 @@ from google.protobuf.message import DecodeError, Message
 from swiftvideo.runtime.tokenizer import SMALL_VOCABULARY
 from swiftvideo.v1 import generation_pb2 as pb
 
-from . import payload, settings, tracing
+from . import payload, settings
 from .auth import Identity, TokenFile, identify
 from .manager import SessionManager
 from .reattach import reattach
 from .session import Outbox, ServedSession
 from .status import Refusal, invalid, refusal, wrong_order
+from .tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class GenerationService:
         self._manager = manager
         self._tokens = tokens
         self._version = version
+        self._tracer = Tracer()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handler(self) -> Any:
@@ -93,7 +95,8 @@ class GenerationService:
 
     async def generate(self, _: Any, context: Any, identity: Identity) -> None:
         """One call of a session: from start or reattach until it ends or breaks."""
-        with tracing.call("Generate", client=identity.name) as span:
+        metadata = context.invocation_metadata() or ()
+        with self._tracer.call("Generate", metadata, client=identity.name) as span:
             session, outbox = await self._begin(context, identity)
             try:
                 span.note(session=session.id)
