@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import sys
@@ -19,16 +20,17 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from swiftvideo.sdk import aio
 from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.remote import AuthenticationError, BusyError
 from swiftvideo.sdk.server import health, metrics, server as serving_module
 from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.drain import drain
 from swiftvideo.sdk.server.recovery import Recovery
-from swiftvideo.sdk.server.server import Server
+from swiftvideo.sdk.server.server import OPTIONS, Server
 from swiftvideo.sdk.server.session import token_hash
 
-from .harness import serving
+from .harness import CuttingProxy, serving
 from .test_access import CLIENT, OPERATOR, write_tokens
 
 EVERY = 4
@@ -191,6 +193,31 @@ def test_a_token_that_is_taken_away_or_expires_ends_its_sessions(pipeline: Any, 
                 next(other)
 
     serving(pipeline, ServerConfig(port=0, tokens=tokens, max_load=None), talk)
+
+
+def test_a_connection_that_is_half_open_is_noticed(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [
+        (name, value // 20 if name.endswith(("time_ms", "timeout_ms")) else value) for name, value in OPTIONS
+    ]
+    monkeypatch.setattr(serving_module, "OPTIONS", quick)
+
+    async def talk(server: Server) -> float:
+        proxy = CuttingProxy(server.port)
+        async with aio.Client(await proxy.start()) as client:
+            video = client.generate("w1", credits=1, linger=60)
+            await anext(video)
+            (session,) = server.manager.sessions.values()
+            proxy.hole = True
+            begin = time.monotonic()
+            await asyncio.to_thread(wait_for, lambda: session.outbox is None)
+            taken = time.monotonic() - begin
+        await proxy.close()
+        return taken
+
+    def talking(server: Server, address: str) -> None:
+        assert asyncio.run(talk(server)) < 10
+
+    serving(pipeline, ServerConfig(port=0), talking)
 
 
 def test_few_calls_watch_the_health_and_those_that_end_make_room(
