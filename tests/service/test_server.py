@@ -18,6 +18,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 from prometheus_client import CollectorRegistry, generate_latest
 
 from swiftvideo.sdk import aio
@@ -29,8 +31,9 @@ from swiftvideo.sdk.server.drain import drain
 from swiftvideo.sdk.server.recovery import Recovery
 from swiftvideo.sdk.server.server import OPTIONS, Server
 from swiftvideo.sdk.server.session import token_hash
+from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import CuttingProxy, serving
+from .harness import METHOD, CuttingProxy, serving, start
 from .test_access import CLIENT, OPERATOR, write_tokens
 
 EVERY = 4
@@ -56,14 +59,23 @@ def test_the_second_session_of_a_new_server_is_refused_where_the_engine_has_no_t
     def talk(server: Server, address: str) -> None:
         assert server.manager.admission.chunk_seconds > 0
         server.manager.admission.period = server.manager.admission.chunk_seconds * 1.5
-        with (
-            Client(address) as client,
-            client.generate("w1", linger=0) as first,
-            client.generate("w1") as second,
-        ):
+        with Client(address) as client, client.generate("w1", linger=0) as first:
             next(first)
-            with pytest.raises(BusyError, match="of its time"):
+            with pytest.raises(BusyError, match="of its time"), client.generate("w1") as second:
                 next(second)
+            with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+                call = channel.stream_stream(METHOD + "Generate", pb.GenerateRequest.SerializeToString)
+                list(call(iter([start("w1")]), timeout=20))
+        trailers = dict(caught.value.trailing_metadata())
+        details = Status.FromString(trailers["grpc-status-details-bin"])
+        assert (details.code, details.message) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+            caught.value.details(),
+        )
+        info, retry = ErrorInfo(), RetryInfo()
+        assert details.details[0].Unpack(info) and details.details[1].Unpack(retry)
+        assert (info.reason, info.domain) == ("LOAD", "swiftvideo.v1")
+        assert retry.retry_delay.ToMilliseconds() == int(trailers["retry-after-ms"])
 
     serving(pipeline, ServerConfig(port=0), talk)
 
@@ -188,7 +200,8 @@ def test_a_token_that_is_taken_away_or_expires_ends_its_sessions(pipeline: Any, 
                 next(video), next(other)
                 tokens.write_text(f"ola operator {OPERATOR}\nann client {CLIENT} 2020-01-01T00:00:00\n")
                 with pytest.raises(AuthenticationError, match="ann has no valid token any more"):
-                    for _ in video:
+                    for _ in range(1000):
+                        next(video)
                         time.sleep(0.01)
                 next(other)
 
