@@ -60,6 +60,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._wrong = ""
         self._stamp = _stamp(path)
         self._tokens = self._read()
 
@@ -90,8 +91,11 @@ class TokenFile:
                 if stamp != self._stamp:
                     self._tokens, self._stamp = self._read(), stamp
                     log.info("tokens were read again")
+                self._wrong = ""
             except SettingsError as error:
-                log.error("the tokens stay as they were: %s", error)
+                if str(error) != self._wrong:  # said once, and not at every call
+                    log.error("the tokens stay as they were: %s", error)
+                self._wrong = str(error)
 
     def _read(self) -> list[_Token]:
         try:

@@ -35,7 +35,8 @@ class Recovery:
         self.store = Store(config.snapshots, config.snapshot_age, round(config.snapshot_space * (1 << 30)))
         self._disk = ThreadPoolExecutor(1, "swiftvideo-disk")
         self._loading: set[str] = set()
-        self._expiring: Future[None] = self._disk.submit(self.store.expire, ())
+        self._expiring: Future[None] = self._disk.submit(lambda: None)
+        self.expire()
 
     def path(self, id: str, index: int) -> str | None:
         """Where the runtime writes a snapshot, from any thread; None where there is no room."""
@@ -88,7 +89,8 @@ class Recovery:
                 return
             await asyncio.sleep(0.01)
         await self._written_out()
-        if session.over or not session.interval or session.delivered <= session.saved:
+        saved = not session.interval or session.delivered <= session.saved
+        if session.over or saved or loop.time() > deadline:
             return
         path = self.path(session.id, session.delivered)
         if path is not None and await asyncio.wrap_future(self._disk.submit(save, job.session, path)):
@@ -108,7 +110,7 @@ class Recovery:
 
     def expire(self) -> None:
         """Delete what is too old or too much, once the disk's thread comes to it."""
-        if self._expiring.done():
+        if self._expiring.done():  # a slow disk is not asked twice
             self._expiring = self._disk.submit(self.store.expire, self._living())
             self._expiring.add_done_callback(_log_failure)
 

@@ -198,7 +198,7 @@ class Server:
 
 
 def _warm_up(pipeline: Pipeline) -> float:
-    """Seconds that a chunk takes: the second one of a video, when all is loaded. It has the prompt of any session."""
+    """Seconds that a chunk takes: the second one of a video, when all is loaded. Its prompt may be any."""
     with pipeline.session(pipeline.words[0] if pipeline.words else "a video") as session:
         next(session)
         begin = time.monotonic()

@@ -91,9 +91,9 @@ def test_the_engine_is_looked_after_also_where_snapshots_are_not(
 
     monkeypatch.setattr(serving_module, "BEAT", 0.02)
     monkeypatch.setattr(serving_module, "EXPIRE", 2)
-    monkeypatch.setattr(Recovery, "expire", broken)
 
     def talk(server: Server, address: str) -> None:
+        monkeypatch.setattr(Recovery, "expire", broken)
         shutil.rmtree(tmp_path / "s")
         wait_for(lambda: len(looks) > 2)
         server.manager.engine._running_since = time.monotonic() - 100
