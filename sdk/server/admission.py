@@ -25,7 +25,7 @@ class Admission:
         self.period = geometry.video_frames(1, geometry.chunk) / geometry.fps
         """Seconds that a chunk plays."""
         self.chunk_seconds = 0.0
-        """That the engine takes for one, averaged over the last twenty or so; 0 before the first."""
+        """That the engine takes for one, averaged over the last twenty or so; 0 until the server has warmed up."""
         rows = 2 * geometry.layers * geometry.rows * geometry.heads * geometry.head_dim
         self._cache_bytes = rows * BYTES.get(pipeline.manifest.dtype, 4)
         self._frame_bytes = geometry.video_frames(1, geometry.chunk) * geometry.height * geometry.width * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,6 +19,7 @@ import grpc
 from swiftvideo.runtime.errors import SettingsError
 
 from .config import ServerConfig
+from .logs import Sparing
 from .status import Refusal
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._wrong = ""
         self._stamp = _stamp(path)
         self._tokens = self._read()
 
@@ -75,6 +78,12 @@ class TokenFile:
             raise _refused(f"the token of {found.identity.name} has expired: ask the operator for a new one")
         return found.identity
 
+    def names(self) -> set[str]:
+        """Of those who have a token that is valid now."""
+        self._refresh()
+        now = time.time()
+        return {known.identity.name for known in self._tokens if known.expires is None or now < known.expires}
+
     def _refresh(self) -> None:
         with self._lock:
             try:
@@ -82,8 +91,11 @@ class TokenFile:
                 if stamp != self._stamp:
                     self._tokens, self._stamp = self._read(), stamp
                     log.info("tokens were read again")
+                self._wrong = ""
             except SettingsError as error:
-                log.error("the tokens stay as they were: %s", error)
+                if str(error) != self._wrong:  # said once, and not at every call
+                    log.error("the tokens stay as they were: %s", error)
+                self._wrong = str(error)
 
     def _read(self) -> list[_Token]:
         try:
@@ -149,6 +161,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, tokens: TokenFile | None, refused: Callable[[Refusal], None]) -> None:
         self._tokens = tokens
         self._refused = refused
+        self._sparing = Sparing(log)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -159,24 +172,27 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 identify(self._tokens, details.invocation_metadata)
             except Refusal as refusal:
                 self._refused(refusal)
-                return _refusing(await continuation(details), refusal)
+                return self._refusing(await continuation(details), refusal)
         return await continuation(details)
 
+    def _refusing(self, handler: Any, refusal: Refusal) -> Any:
+        """A handler of the same kind that ends the call with a refusal."""
 
-def _refusing(handler: Any, refusal: Refusal) -> Any:
-    """A handler of the same kind that ends the call with a refusal."""
+        async def refuse(_: Any, context: Any) -> None:
+            self._sparing.warning(f"a call was refused: {refusal.text}", peer=context.peer())
+            await context.abort(refusal.code, refusal.text, trailing_metadata=refusal.trailers)
 
-    async def refuse(_: Any, context: Any) -> None:
-        await context.abort(refusal.code, refusal.text, trailing_metadata=refusal.trailers)
+        kind = (False, False) if handler is None else (handler.request_streaming, handler.response_streaming)
+        return HANDLERS[kind](refuse)
 
-    kinds = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    kind = (False, False) if handler is None else (handler.request_streaming, handler.response_streaming)
-    return kinds[kind](refuse)
+
+HANDLERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""By whether requests and responses are streams."""
 
 
 class _Certificates:
@@ -211,6 +227,15 @@ class _Certificates:
         for path, data in zip(self._files, (key, chain, *roots), strict=True):
             if b"-----BEGIN " not in data:
                 raise SettingsError(f"TLS: {str(path)!r} is no PEM file")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                self._files[1], self._files[0], password=lambda: b""
+            )
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise SettingsError(
+                f"TLS: {str(self._files[1])!r} and {str(self._files[0])!r} cannot be used together ({error}): give a "
+                "certificate and its own key, without a passphrase"
+            ) from error
         return grpc.ssl_server_certificate_configuration([(key, chain)], roots[0] if roots else None)
 
 

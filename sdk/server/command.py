@@ -60,6 +60,12 @@ def serve(
     snapshot_chunks: Annotated[
         int, typer.Option("--snapshot-chunks", help="Chunks between two snapshots of a session.")
     ] = DEFAULT.snapshot_chunks,
+    snapshot_age: Annotated[
+        float, typer.Option("--snapshot-age", help="Seconds that a session's last snapshot is kept.")
+    ] = DEFAULT.snapshot_age,
+    snapshot_space: Annotated[
+        float, typer.Option("--snapshot-space", help="GiB that all snapshots may take.")
+    ] = DEFAULT.snapshot_space,
     watchdog: Annotated[
         float, typer.Option("--watchdog", help="Seconds that a chunk may take.")
     ] = DEFAULT.watchdog,
@@ -83,6 +89,8 @@ def serve(
         grace=grace,
         snapshots=snapshots,
         snapshot_chunks=snapshot_chunks,
+        snapshot_age=snapshot_age,
+        snapshot_space=snapshot_space,
         watchdog=watchdog,
     )
     import asyncio
@@ -91,13 +99,16 @@ def serve(
 
     from swiftvideo.sdk.engines import open_pipeline
 
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines on stderr are no JSON
     try:
-        from . import logs
+        from . import logs, tracing
         from .server import serve as work
     except ModuleNotFoundError as error:
         raise EngineUnavailableError(f"{error.name} is missing: pip install 'swiftvideo[serve]'") from error
     logs.configure(log_level.upper())
+    end_tracing = tracing.configure()
     with open_pipeline(bundle, engine, threads) as pipeline:
         asyncio.run(work(pipeline, config))
+    end_tracing()
     logging.shutdown()
     os._exit(0)  # all is closed and written; taking the interpreter apart would cost part of the grace time

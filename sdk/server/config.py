@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from swiftvideo.runtime.errors import SettingsError
 
 MAX_MESSAGE = 64 * 1024
 """Bytes of a request."""
+MAX_SETTING = 1_000_000
+"""Of seconds and other numbers."""
+POSITIVE = ("start_timeout", "watchdog", "snapshot_chunks", "snapshot_age", "snapshot_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +59,25 @@ class ServerConfig:
     """A session is saved after every so many chunks."""
     snapshot_age: float = 3600.0
     """Seconds that the snapshot of a session that nobody took up is kept."""
+    snapshot_space: float = 16.0
+    """GiB that all snapshots may take: the oldest of sessions that do not run are deleted first, then no new ones are
+    written."""
     watchdog: float = 60.0
     """Seconds that one chunk may take before the engine counts as stuck."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}: use 0 to 65535")
+        for name in ("port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise SettingsError(f"{name} is {port}: use 0 to 65535")
+        for name in ("max_linger", "max_load", "grace", *POSITIVE):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value <= MAX_SETTING):
+                raise SettingsError(f"{name} is {value}: use a number of at most {MAX_SETTING}")
         for name in ("max_sessions", "max_sessions_per_client", "max_credits", "max_pending_prompts"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}: use at least 1")
-        for name in ("start_timeout", "watchdog", "snapshot_chunks", "snapshot_age"):
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}: it must be positive")
         for name in ("grace", "max_linger", "memory_reserve"):
@@ -99,5 +112,9 @@ class ServerConfig:
     @property
     def address(self) -> str:
         """For gRPC."""
+        return self.at(self.port)
+
+    def at(self, port: int) -> str:
+        """`address` with another port, such as the one that was free."""
         host = f"[{self.host}]" if ":" in self.host and not self.host.startswith("[") else self.host
-        return f"{host}:{self.port}"
+        return f"{host}:{port}"

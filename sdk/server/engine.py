@@ -155,6 +155,11 @@ class EngineThread:
         with self._condition:
             return time.monotonic() - self._running_since if self._running is not None else 0.0
 
+    def rests(self, job: Job) -> bool:
+        """Whether no chunk of a job is in the making."""
+        with self._condition:
+            return job is not self._running
+
     @property
     def waiting(self) -> int:
         """Jobs that could be worked on."""
@@ -222,7 +227,7 @@ class EngineThread:
                 raise StoppedError("the session was given up")
             path = job.save_path(chunk.index)
             if path is not None:
-                saved = _save(job.session, path)
+                saved = save(job.session, path)
             made = Made(chunk, None, queued, time.monotonic() - begin, saved)
         except Exception as error:  # whatever one session does wrong ends that session only
             if not isinstance(error, StoppedError):
@@ -244,7 +249,7 @@ class EngineThread:
         job.done(made)
 
 
-def _save(session: Session, path: str) -> bool:
+def save(session: Session, path: str) -> bool:
     """Write a snapshot; a full disk costs the snapshot, not the session."""
     try:
         session.save(path)

@@ -7,6 +7,9 @@ import logging
 import time
 from typing import Any
 
+from swiftvideo.runtime.errors import SettingsError
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _FIELDS = (
     "session",
     "client",
@@ -18,6 +21,7 @@ _FIELDS = (
     "address",
     "metrics",
     "sessions",
+    "left_out",
 )
 
 
@@ -39,11 +43,34 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+class Sparing:
+    """Logs a line a second at most, and how many it left out before."""
+
+    def __init__(self, logger: logging.Logger, seconds: float = 1.0) -> None:
+        self._logger = logger
+        self._seconds = seconds
+        self._next = 0.0
+        self._left_out = 0
+
+    def warning(self, text: str, **fields: object) -> None:
+        """Log, or count."""
+        now = time.monotonic()
+        if now < self._next:
+            self._left_out += 1
+            return
+        self._logger.warning("%s", text, extra={**fields, "left_out": self._left_out})
+        self._next, self._left_out = now + self._seconds, 0
+
+
 def configure(level: str = "INFO") -> None:
-    """Write the logs of swiftvideo to stderr."""
+    """Write logs to stderr: swiftvideo's from `level` on, warnings of everything else, and Python's own.
+
+    Raises SettingsError for an unknown level.
+    """
+    if level not in LEVELS:
+        raise SettingsError(f"log level is {level!r}: use one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("swiftvideo")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("swiftvideo").setLevel(level)
+    logging.captureWarnings(True)

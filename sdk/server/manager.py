@@ -1,4 +1,4 @@
-"""All sessions of a server: start, reattach, detach, snapshots, drain. Belongs to the event loop."""
+"""All sessions of a server: start, attach, detach, end. Belongs to the event loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from .config import ServerConfig
 from .engine import EngineThread, Job, Made
 from .metrics import Metrics
 from .recovery import Recovery
-from .session import MAX_TEXT, Outbox, Packed, ServedSession, Terms, token_hash
+from .session import MAX_TEXT, Outbox, Packed, ServedSession, Terms
 from .status import Refusal, invalid
 
 log = logging.getLogger(__name__)
@@ -45,21 +45,29 @@ class SessionManager:
         """The engine does not answer."""
         self.recovery = Recovery(self) if config.snapshots is not None else None
         self._starting: list[str] = []
-        self._caches: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._caches: set[weakref.ref[Session]] = set()
         self._reader = ThreadPoolExecutor(1, "swiftvideo-prompts")
         self._packer = ThreadPoolExecutor(1, "swiftvideo-pack")
         self.engine = self._new_engine()
         self._register()
 
     def _register(self) -> None:
+        """Values that are read in the endpoint's threads: from copies, which C code makes in one step."""
         metrics, sessions = self.metrics, self.sessions
         metrics.watch(metrics.sessions, lambda: self._count(attached=True), state="attached")
         metrics.watch(metrics.sessions, lambda: self._count(attached=False), state="detached")
         metrics.watch(metrics.sessions, lambda: len(self._starting), state="starting")
         metrics.watch(metrics.queue, lambda: self.engine.waiting)
         metrics.watch(metrics.credits, lambda: sum(s.credits_left for s in list(sessions.values())))
-        metrics.watch(metrics.caches, lambda: len([s for s in list(self._caches) if not s.closed]))
+        metrics.watch(metrics.caches, self._open_caches)
+        if self.recovery is not None:
+            store = self.recovery.store
+            metrics.watch(metrics.snapshot_bytes, lambda: store.used)
         metrics.watch(metrics.tasks, lambda: len(asyncio.all_tasks(self.loop)))
+
+    def _open_caches(self) -> int:
+        made = [reference() for reference in list(self._caches)]
+        return sum(session is not None and not session.closed for session in made)
 
     def _count(self, attached: bool) -> int:
         return sum((session.outbox is not None) is attached for session in list(self.sessions.values()))
@@ -85,12 +93,12 @@ class SessionManager:
                 future.add_done_callback(lambda f: undo(f.result()) if f.exception() is None else None)
             raise
 
-    # -- start and reattach --------------------------------------------------------------------------------------
+    # -- start, attach, detach -----------------------------------------------------------------------------------
 
-    async def start(self, client: str, message: pb.Start) -> tuple[ServedSession, Outbox]:
+    async def start(self, client: str, message: pb.Start, peer: str) -> tuple[ServedSession, Outbox]:
         """A new session, attached. Raises Refusal or an error of the runtime."""
         terms = self._terms(client, message)
-        self._check_open()
+        self.check_open()
         self.admission.check(client, self._holders(), terms.credits)
         policy = settings.policy(message.policy, self.pipeline.settings)
         self._starting.append(client)
@@ -102,9 +110,9 @@ class SessionManager:
             self._starting.remove(client)
         if self.draining:
             made.close()
-            self._check_open()
+            self.check_open()
         session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms)
-        return session, self._attach(session, 0, resumed=False)
+        return session, self.attach(session, 0, peer)
 
     def _terms(self, client: str, message: pb.Start) -> Terms:
         if not 1 <= message.credits <= self.config.max_credits:
@@ -118,14 +126,14 @@ class SessionManager:
         self, made: Session, id: str, token: str, terms: Terms, next_chunk: int = 0, asked: int = 1
     ) -> ServedSession:
         """Take a session of the runtime in."""
-        self._caches.add(made)
+        self._caches.add(weakref.ref(made, self._caches.discard))
         keeps = self.recovery is not None and terms.linger > 0
         every = self.config.snapshot_chunks
 
         def save_path(index: int) -> str | None:
             if not keeps or self.recovery is None or ((index + 1) % every and not self.draining):
                 return None
-            return self.recovery.store.session_path(id, index + 1)
+            return self.recovery.path(id, index + 1)
 
         def done(made: Made) -> None:
             self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
@@ -138,51 +146,13 @@ class SessionManager:
         session.interval = every if keeps else 0
         self.engine.add(job)
         self.sessions[id] = session
-        log.info("session started", extra={"session": id, "client": terms.client})
         return session
 
-    async def reattach(self, client: str, message: pb.Reattach) -> tuple[ServedSession, Outbox]:
-        """An earlier session, attached again. Raises Refusal."""
-        self._check_open()
-        if len(message.prompts) > 64:
-            raise invalid(f"reattach.prompts has {len(message.prompts)} entries: send the last 64")
-        wanted = token_hash(message.resume_token)
-        session = next(
-            (s for s in self.sessions.values() if secrets.compare_digest(token_hash(s.token), wanted)), None
-        )
-        if session is None and self.recovery is not None:
-            session = await self.recovery.restore(client, message.resume_token)
-        if session is None or session.over or session.terms.client != client:
-            raise Refusal(
-                grpc.StatusCode.NOT_FOUND,
-                "no session has this resume token: it ended, or waited longer than it may; start a new one",
-            )
-        first = session.kept[0].index if session.kept else session.delivered
-        if message.next_chunk < first:
-            raise Refusal(
-                grpc.StatusCode.OUT_OF_RANGE,
-                f"chunk {message.next_chunk} is wanted and the first that is kept is {first}: "
-                "chunks before credited ones cannot be sent again",
-            )
-        if message.next_chunk > session.delivered and not session.recovered:
-            raise invalid(f"chunk {message.next_chunk} is wanted and only {session.delivered} were sent")
-        if message.next_chunk > session.delivered + 100_000:
-            raise invalid(f"chunk {message.next_chunk} is wanted and the session is at {session.delivered}")
-        session.take_over()
-        for prompt in message.prompts:  # before any further chunk, so that each applies where it did
-            await self.prompt(session, prompt)
-        if session.over:
-            raise Refusal(grpc.StatusCode.ABORTED, "the session ended while it was taken up: start a new one")
-        known = [prompt.id for prompt in message.prompts if prompt.id in session.prompts]
-        outbox = self._attach(session, message.next_chunk, True, known)
-        for prompt in message.prompts:
-            if prompt.id not in session.prompts:  # refused: this says so
-                await self.prompt(session, prompt)
-        return session, outbox
-
-    def _attach(
-        self, session: ServedSession, next_chunk: int, resumed: bool, known: Sequence[str] = ()
+    def attach(
+        self, session: ServedSession, next_chunk: int, peer: str, known: Sequence[str] | None = None
     ) -> Outbox:
+        """Let a call take a session; `known`, where it had one before: ids of its prompts that were accepted."""
+        resumed = known is not None
         outbox = Outbox()
         started = pb.Started(
             session_id=session.id,
@@ -195,28 +165,33 @@ class SessionManager:
             resumed=resumed,
         )
         outbox.put(pb.GenerateResponse(started=started).SerializeToString())
-        for id in known:  # before the chunks that were made with it
+        for id in known or ():  # before the chunks that were made with it
             outbox.put(session.acceptance(id).SerializeToString())
         session.attach(outbox, next_chunk)
+        session.peer = peer
+        extra = {"session": session.id, "client": session.terms.client, "peer": peer}
+        log.info("session taken up" if resumed else "session started", extra=extra)
         return outbox
 
-    def detach(self, session: ServedSession, outbox: Outbox) -> None:
-        """A call ended, for whatever reason."""
+    def detach(self, session: ServedSession, outbox: Outbox | None) -> None:
+        """A call ended, for whatever reason; None: one that was not attached yet, to a session without any."""
         if session.outbox is not outbox:
             return
         session.outbox = None
-        if session.over:
+        if session.over or session.linger_timer is not None:
             return
-        if session.terms.linger <= 0 or self.draining:
-            self._give_up(session, "the call broke")
+        if session.terms.linger <= 0:
+            self.give_up(session, "the call broke")
             return
         session.refresh()
+        if self.draining:
+            return  # the drain saves it and gives it up
         session.linger_timer = self.loop.call_later(
-            session.terms.linger, self._give_up, session, "nobody reattached in time"
+            session.terms.linger, self.give_up, session, "nobody reattached in time"
         )
-        log.info("session waits for a reattach", extra={"session": session.id})
+        log.info("session waits for a reattach", extra={"session": session.id, "peer": session.peer})
 
-    def _give_up(self, session: ServedSession, text: str) -> None:
+    def give_up(self, session: ServedSession, text: str) -> None:
         """End a session without a call; its snapshot, if any, stays."""
         log.info(text, extra={"session": session.id})
         session.finish(Refusal(grpc.StatusCode.CANCELLED, text))
@@ -252,8 +227,8 @@ class SessionManager:
         self._measure(session, packed, waited, first)
         if made.saved and self.recovery is not None:
             self.recovery.write(session)
-        elif session.interval and session.delivered >= session.saved + session.interval:
-            session.saved_up_to(session.delivered)
+        elif self.recovery is not None and session.interval and not session.delivered % session.interval:
+            self.recovery.missed(session, session.delivered)
 
     def _measure(self, session: ServedSession, packed: Packed, waited: float | None, first: bool) -> None:
         made, metrics = packed.made, self.metrics
@@ -282,8 +257,14 @@ class SessionManager:
         self.metrics.after_cancel.set(max(self.after_cancel, session.job.forwards_cancelled))
         self.after_cancel = max(self.after_cancel, session.job.forwards_cancelled)
         self.metrics.ended.labels(reason=session.reason).inc()
-        extra = {"session": session.id, "chunks": session.delivered, "reason": session.reason}
-        log.info("session ended", extra={**extra, "seconds": round(time.monotonic() - session.began, 3)})
+        extra = {
+            "session": session.id,
+            "peer": session.peer,
+            "chunks": session.delivered,
+            "reason": session.reason,
+            "seconds": round(time.monotonic() - session.began, 3),
+        }
+        log.info("session ended", extra=extra)
 
     after_cancel = 0
 
@@ -292,7 +273,7 @@ class SessionManager:
     def _holders(self) -> list[str]:
         return [session.terms.client for session in self.sessions.values()] + self._starting
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self.draining:
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE,
@@ -322,31 +303,12 @@ class SessionManager:
         self.stuck = stuck
         return not stuck and self.engine.alive
 
-    async def drain(self) -> None:
-        """Refuse new sessions, let those that run go on for the grace time, then end them between two chunks."""
-        self.draining = True
-        end = self.loop.time() + self.config.grace
-        milliseconds = round(self.config.grace * 1000)
-        notice = pb.Notice(
-            kind=pb.Notice.KIND_DRAINING,
-            text=f"this server shuts down in {self.config.grace:g} s",
-            milliseconds=milliseconds,
-        )
+    def end_strangers(self, names: Collection[str]) -> None:
+        """End sessions whose client has none of the names of valid tokens any more; their snapshots stay."""
         for session in list(self.sessions.values()):
-            session.send(pb.GenerateResponse(notice=notice))
-            if session.outbox is None:
-                self._give_up(session, "the server shuts down")
-        while self.sessions and self.loop.time() < end:
-            await asyncio.sleep(min(0.05, max(0.0, end - self.loop.time())))
-        for session in list(self.sessions.values()):
-            self.end_drained(session)
-
-    def end_drained(self, session: ServedSession) -> None:
-        """End a session because the server shuts down; its snapshot stays."""
-        if not session.over:
-            resumable = self.recovery is not None and self.recovery.holds(session)
-            text = "the server has shut down" + ("; reattach to go on" if resumable else "")
-            session.finish(pb.Ended(reason=pb.Ended.REASON_DRAINED, text=text, resumable=resumable))
+            if session.terms.client not in names and not session.over:
+                text = f"{session.terms.client} has no valid token any more: ask the operator for a new one"
+                session.finish(Refusal(grpc.StatusCode.UNAUTHENTICATED, text))
 
     async def close(self) -> None:
         """End everything. The engine gets a second for the chunk in the making."""

@@ -7,14 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
 log = logging.getLogger(__name__)
@@ -25,10 +18,16 @@ GPU = {
     "swiftvideo_gpu_power_watts": "Power drawn.",
     "swiftvideo_gpu_utilisation_ratio": "Share of time in which a kernel ran.",
 }
+VALUES: tuple[Callable[[Any, int], float], ...] = (
+    lambda nvml, index: nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used,
+    lambda nvml, index: nvml.nvmlDeviceGetPowerUsage(nvml.nvmlDeviceGetHandleByIndex(index)) / 1000,
+    lambda nvml, index: nvml.nvmlDeviceGetUtilizationRates(nvml.nvmlDeviceGetHandleByIndex(index)).gpu / 100,
+)
+"""Of NVML and a GPU's number, in the order of `GPU`."""
 
 
 class Metrics:
-    """All of a server's metrics. `endpoint` serves them over HTTP."""
+    """All of a server's metrics."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
@@ -59,6 +58,10 @@ class Metrics:
         self.ended = Counter("swiftvideo_sessions_ended", "Sessions that ended.", ["reason"], registry=r)
         self.switches = Counter("swiftvideo_switches", "Prompts applied.", ["mode"], registry=r)
         self.snapshots = Counter("swiftvideo_snapshots", "Snapshots written.", registry=r)
+        self.snapshot_failures = Counter(
+            "swiftvideo_snapshot_failures", "Snapshots that were due and could not be written.", registry=r
+        )
+        self.snapshot_bytes = Gauge("swiftvideo_snapshot_bytes", "All snapshots on disk.", registry=r)
         self.engine_crashes = Counter(
             "swiftvideo_engine_crashes", "Times the engine's thread ended.", registry=r
         )
@@ -72,25 +75,10 @@ class Metrics:
         threads = Gauge("swiftvideo_threads", "Python threads.", registry=r)
         threads.set_function(threading.active_count)
         r.register(_Gpus())
-        self._endpoint: Any = None
 
     def watch(self, gauge: Gauge, value: Callable[[], float], **labels: str) -> None:
         """Let a gauge ask for its value when it is read."""
         (gauge.labels(**labels) if labels else gauge).set_function(value)
-
-    def endpoint(self, host: str, port: int) -> int:
-        """Serve /metrics; the port."""
-        self._endpoint = start_http_server(port, host, self.registry)
-        return int(self._endpoint[0].server_port)
-
-    def close(self) -> None:
-        """End the endpoint."""
-        if self._endpoint is not None:
-            server, thread = self._endpoint
-            self._endpoint = None
-            server.shutdown()
-            server.server_close()
-            thread.join(5)
 
 
 class _Gpus:
@@ -109,20 +97,21 @@ class _Gpus:
             log.info("no GPU metrics: %s", error)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Of every GPU."""
+        """Of every GPU; what one cannot tell is left out."""
         families = {name: GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in GPU.items()}
-        if self._nvml is not None:
-            for index in range(self._nvml.nvmlDeviceGetCount()):
-                self._read(str(index), families)
+        for index in range(self._ask(lambda nvml: nvml.nvmlDeviceGetCount()) or 0):
+            for family, value in zip(families.values(), VALUES, strict=True):
+                found = self._ask(value, index)
+                if found is not None:
+                    family.add_metric([str(index)], found)
         yield from families.values()
 
-    def _read(self, gpu: str, families: dict[str, GaugeMetricFamily]) -> None:
-        nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu))
-        values = (
-            nvml.nvmlDeviceGetMemoryInfo(handle).used,
-            nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-        )
-        for family, value in zip(families.values(), values, strict=True):
-            family.add_metric([gpu], value)
+    def _ask(self, value: Callable[..., Any], *arguments: int) -> Any:
+        """What NVML says, or None."""
+        if self._nvml is None:
+            return None
+        try:
+            return value(self._nvml, *arguments)
+        except self._nvml.NVMLError as error:
+            log.debug("NVML: %s", error)
+            return None

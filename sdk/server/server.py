@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
+import socket
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
 
 from swiftvideo.runtime import Pipeline
 from swiftvideo.runtime.errors import SettingsError
 
 from .auth import AuthInterceptor, TokenFile, credentials
 from .config import MAX_MESSAGE, ServerConfig
+from .drain import drain, end_drained
+from .endpoint import Endpoint
+from .health import HealthService
 from .manager import SessionManager
 from .metrics import Metrics
 from .service import NAME, GenerationService
@@ -29,12 +34,19 @@ OPTIONS = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # counts in place of keepalive_timeout_ms; a minute by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),
 )
+STREAMS = 100
+"""Calls that one connection may have open beside one for every session; further ones wait in the client."""
 FLUSH = 0.2
 """Seconds that calls have to take their last messages at the end."""
+BEAT = 0.5
+"""Seconds between two looks at the engine and the tokens."""
+EXPIRE = 120
+"""Beats between two looks at old snapshots."""
 
 
 class Server:
@@ -44,7 +56,7 @@ class Server:
         await server.start()            # server.port
         await server.wait()             # until SIGTERM or SIGINT, or until somebody calls server.drain()
 
-    Raises SettingsError where the address, the tokens or the certificates cannot be used.
+    Raises SettingsError where the addresses, the tokens, the certificates or the folder of snapshots cannot be used.
     """
 
     def __init__(self, pipeline: Pipeline, config: ServerConfig | None = None) -> None:
@@ -55,17 +67,22 @@ class Server:
         self.metrics_port = 0
         self._drained = asyncio.Event()
         self._draining: asyncio.Task[None] | None = None
-        self._serving = True
+        self._watchdog: asyncio.Task[None] | None = None
+        self._endpoint: Endpoint | None = None
+        self._serving = False
 
     async def start(self) -> None:
-        """Listen."""
+        """Listen, make a first video to know how long a chunk takes, and serve."""
         config = self.config
+        self._tokens = None if config.tokens is None else TokenFile(config.tokens)
+        secure = credentials(config)
         self.manager = SessionManager(self.pipeline, config, self.metrics)
-        tokens = None if config.tokens is None else TokenFile(config.tokens)
-        service = GenerationService(self.manager, tokens, _version())
-        self._health = health.HealthServicer()
-        interceptor = AuthInterceptor(tokens, service.refused)
-        self._server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
+        service = GenerationService(self.manager, self._tokens, _version())
+        self._health = HealthService()
+        self._server = grpc.aio.server(
+            interceptors=[AuthInterceptor(self._tokens, service.refused)],
+            options=(*OPTIONS, ("grpc.max_concurrent_streams", config.max_sessions + STREAMS)),
+        )
         self._server.add_generic_rpc_handlers((service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
@@ -73,22 +90,42 @@ class Server:
 
             names = (NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        self.port = self._listen(credentials(config))
+        try:
+            await self._open(secure)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self, secure: Any) -> None:
+        config = self.config
         if config.metrics_port is not None:
-            self.metrics_port = self.metrics.endpoint(config.metrics_host, config.metrics_port)
+            self._endpoint = Endpoint(
+                config.metrics_host, config.metrics_port, self.metrics.registry, lambda: self._serving
+            )
+            self.metrics_port = self._endpoint.port
+        self.port = await self._listen(secure)
+        self.manager.admission.measured(await asyncio.to_thread(_warm_up, self.pipeline))
         await self._server.start()
         await self._set_health(True)
         self._watchdog = asyncio.create_task(self._watch(), name="watchdog")
-        log.info("serving", extra={"address": f"{config.host}:{self.port}", "metrics": self.metrics_port})
+        log.info("serving", extra={"address": config.at(self.port), "metrics": self.metrics_port})
 
-    def _listen(self, secure: Any) -> int:
-        address = self.config.address
+    async def _listen(self, secure: Any) -> int:
+        config = self.config
+        try:
+            await asyncio.get_running_loop().getaddrinfo(config.host.strip("[]"), config.port)
+        except socket.gaierror as error:
+            raise SettingsError(
+                f"host {config.host!r} is no address ({error}): use one of this machine, such as 127.0.0.1"
+            ) from error
         try:
             if secure is None:
-                return int(self._server.add_insecure_port(address))
-            return int(self._server.add_secure_port(address, secure))
+                return int(self._server.add_insecure_port(config.address))
+            return int(self._server.add_secure_port(config.address, secure))
         except RuntimeError as error:
-            raise SettingsError(f"cannot listen on {address} ({error}): is another server there?") from error
+            raise SettingsError(
+                f"cannot listen on {config.address} ({error}): is another server there, and is it this machine's?"
+            ) from error
 
     async def _set_health(self, well: bool) -> None:
         self._serving = well
@@ -98,14 +135,23 @@ class Server:
             await self._health.set(name, state)
 
     async def _watch(self) -> None:
-        """Look after the engine every half second, and after old snapshots every minute."""
-        for beat in range(1 << 62):
-            await asyncio.sleep(0.5)
-            well = self.manager.watch()
-            if well != self._serving and not self.manager.draining:
-                await self._set_health(well)
-            if beat % 120 == 119 and self.manager.recovery is not None:
-                await self.manager.recovery.expire()
+        """Look after everything for ever; a look that fails is logged."""
+        for beat in itertools.count(1):
+            await asyncio.sleep(BEAT)
+            try:
+                await self._look(beat)
+            except Exception:
+                log.exception("the watchdog could not look after everything")
+
+    async def _look(self, beat: int) -> None:
+        manager = self.manager
+        well = manager.watch()
+        if well != self._serving and not manager.draining:
+            await self._set_health(well)
+        if beat % EXPIRE == 0 and manager.recovery is not None:
+            manager.recovery.expire()
+        if self._tokens is not None:
+            manager.end_strangers(self._tokens.names())
 
     def handle_signals(self) -> None:
         """Drain on SIGTERM and SIGINT; a second one ends the sessions at once."""
@@ -118,30 +164,46 @@ class Server:
             self._draining = asyncio.create_task(self.drain(), name="drain")
         else:
             for session in list(self.manager.sessions.values()):
-                self.manager.end_drained(session)
+                end_drained(session)
 
     async def drain(self) -> None:
-        """Say NOT_SERVING, let sessions run on for the grace time, end them, and close."""
+        """Say NOT_SERVING, let sessions run on for the grace time, save and end them, and close."""
         self.manager.draining = True
-        await self._set_health(False)
         log.info("draining", extra={"sessions": len(self.manager.sessions), "seconds": self.config.grace})
-        await self.manager.drain()
-        await self._server.stop(FLUSH)
-        await self.close()
+        try:
+            await self._set_health(False)
+            await drain(self.manager)
+            await self._server.stop(FLUSH)
+        except Exception:
+            log.exception("the drain failed: everything ends at once")
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """End everything at once; twice is fine."""
         if self._drained.is_set():
             return
-        self._watchdog.cancel()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         await self._server.stop(0)
-        await asyncio.gather(self.manager.close(), asyncio.to_thread(self.metrics.close))
+        await self.manager.close()
+        if self._endpoint is not None:
+            await asyncio.to_thread(self._endpoint.close)
         self._drained.set()
         log.info("closed")
 
     async def wait(self) -> None:
         """Until the server was closed."""
         await self._drained.wait()
+
+
+def _warm_up(pipeline: Pipeline) -> float:
+    """Seconds that a chunk takes: the second one of a video, when all is loaded. Its prompt may be any."""
+    with pipeline.session(pipeline.words[0] if pipeline.words else "a video") as session:
+        next(session)
+        begin = time.monotonic()
+        next(session)
+        return time.monotonic() - begin
 
 
 def _version() -> str:

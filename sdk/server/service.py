@@ -14,11 +14,13 @@ from google.protobuf.message import DecodeError, Message
 from swiftvideo.runtime.tokenizer import SMALL_VOCABULARY
 from swiftvideo.v1 import generation_pb2 as pb
 
-from . import payload, settings, tracing
+from . import payload, settings
 from .auth import Identity, TokenFile, identify
 from .manager import SessionManager
+from .reattach import reattach
 from .session import Outbox, ServedSession
 from .status import Refusal, invalid, refusal, wrong_order
+from .tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class GenerationService:
         self._manager = manager
         self._tokens = tokens
         self._version = version
+        self._tracer = Tracer()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handler(self) -> Any:
@@ -92,12 +95,13 @@ class GenerationService:
 
     async def generate(self, _: Any, context: Any, identity: Identity) -> None:
         """One call of a session: from start or reattach until it ends or breaks."""
-        with tracing.call("Generate", client=identity.name) as span:
+        metadata = context.invocation_metadata() or ()
+        with self._tracer.call("Generate", metadata, client=identity.name) as span:
             session, outbox = await self._begin(context, identity)
-            span.note(session=session.id)
-            self._run(self._read(context, session, outbox), f"read {session.id}")
-            writer = self._run(self._write(context, session, outbox), f"write {session.id}")
             try:
+                span.note(session=session.id)
+                self._run(self._read(context, session, outbox), f"read {session.id}")
+                writer = self._run(self._write(context, session, outbox), f"write {session.id}")
                 await asyncio.shield(writer)
             finally:
                 self._manager.detach(session, outbox)
@@ -117,9 +121,9 @@ class GenerationService:
             raise wrong_order("the call closed before its first message: send start or reattach")
         kind = _kind(first)
         if kind == "start":
-            return await self._manager.start(identity.name, first.start)
+            return await self._manager.start(identity.name, first.start, context.peer())
         if kind == "reattach":
-            return await self._manager.reattach(identity.name, first.reattach)
+            return await reattach(self._manager, identity.name, first.reattach, context.peer())
         raise wrong_order(f"the first message is {kind}: send start or reattach first")
 
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

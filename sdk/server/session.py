@@ -129,6 +129,12 @@ def token_hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def check_id(prompt: pb.Prompt) -> None:
+    """Raise Refusal where no prompt may have this id."""
+    if not 0 < len(prompt.id.encode()) <= MAX_ID:
+        raise invalid(f"a prompt's id has {len(prompt.id.encode())} bytes: use 1 to {MAX_ID}")
+
+
 @dataclass(eq=False)
 class ServedSession:
     """State of a session. All methods but `ask` and `pack` belong to the event loop."""
@@ -144,13 +150,15 @@ class ServedSession:
     began: float = field(default_factory=time.monotonic)
     outbox: Outbox | None = None
     """Of the call that is attached."""
+    peer: str = ""
+    """Whence it came."""
     presented: int = 0
     """Chunks that the client has presented: their number, and the index of the next."""
     delivered: int = 0
     """Index of the next chunk to come from the engine."""
     paused: bool = False
     stopped: bool = False
-    """No further chunk is made: the server drains, or the session has ended."""
+    """No further chunk is made: the server shuts down."""
     over: bool = False
     recovered: bool = False
     """From a snapshot: the client may be ahead of it."""
@@ -160,6 +168,8 @@ class ServedSession:
     """Chunks between two snapshots; 0: none are kept."""
     saved: int = 0
     """Chunks that the newest complete snapshot has."""
+    stored: bool = False
+    """Whether there is a complete snapshot."""
     linger_timer: asyncio.TimerHandle | None = None
     kept: deque[Kept] = field(default_factory=deque)
     prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
@@ -192,6 +202,11 @@ class ServedSession:
         held = self.paused or self.stopped or self.over or self.outbox is None
         limit = min(self.limit, self.saved + self.interval) if self.interval else self.limit
         self.engine.update(self.job, limit=limit, held=held)
+
+    def stop(self) -> None:
+        """Let no further chunk be made."""
+        self.stopped = True
+        self.refresh()
 
     def saved_up_to(self, count: int) -> None:
         """A snapshot is complete, or could not be written and is done without."""
@@ -248,8 +263,7 @@ class ServedSession:
 
     def check_prompt(self, prompt: pb.Prompt) -> str | None:
         """Why a prompt is refused before anyone reads it, or None. Raises Refusal for an impossible id."""
-        if not 0 < len(prompt.id.encode()) <= MAX_ID:
-            raise invalid(f"a prompt's id has {len(prompt.id.encode())} bytes: use 1 to {MAX_ID}")
+        check_id(prompt)
         if len(prompt.text.encode()) > MAX_TEXT:
             return f"the prompt has {len(prompt.text.encode())} bytes: use at most {MAX_TEXT}"
         known = self.prompts.get(prompt.id)

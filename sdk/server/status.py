@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 
 from swiftvideo.runtime import errors
 
@@ -21,7 +25,11 @@ TABLE: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 """The first row whose type fits counts."""
 
 RETRY_AFTER = "retry-after-ms"
-"""Trailing metadata of a RESOURCE_EXHAUSTED refusal: milliseconds."""
+"""Trailing metadata of a refusal that may not last: milliseconds."""
+DETAILS = "grpc-status-details-bin"
+"""Trailing metadata of every refusal: a google.rpc.Status, where gRPC's libraries look for it."""
+DOMAIN = "swiftvideo.v1"
+"""Of the reasons in `DETAILS`."""
 
 
 class Refusal(Exception):
@@ -36,14 +44,25 @@ class Refusal(Exception):
         self.retry_after = retry_after
         """Seconds, or None."""
         self.reason = reason or code.name.lower()
-        """For the metrics."""
+        """For the metrics, and in capitals for programs."""
 
     @property
-    def trailers(self) -> tuple[tuple[str, str], ...]:
-        """Trailing metadata."""
-        return (
-            () if self.retry_after is None else ((RETRY_AFTER, str(max(1, round(self.retry_after * 1000)))),)
-        )
+    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Trailing metadata: `DETAILS`, and `RETRY_AFTER` where trying again may help."""
+        status = Status(code=self.code.value[0], message=self.text)
+        parts = [ErrorInfo(reason=self.reason.upper(), domain=DOMAIN)]
+        hint: tuple[tuple[str, str | bytes], ...] = ()
+        if self.retry_after is not None:
+            milliseconds = max(1, round(self.retry_after * 1000))
+            delay = Duration()
+            delay.FromMilliseconds(milliseconds)
+            parts.append(RetryInfo(retry_delay=delay))
+            hint = ((RETRY_AFTER, str(milliseconds)),)
+        for part in parts:
+            detail = Any()
+            detail.Pack(part)
+            status.details.append(detail)
+        return (*hint, (DETAILS, status.SerializeToString()))
 
 
 def invalid(text: str) -> Refusal:

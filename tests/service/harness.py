@@ -139,6 +139,8 @@ class CuttingProxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.cuts = 0
+        self.hole = False
+        """Whether what comes in is swallowed, as by a network that is gone."""
 
     async def start(self) -> str:
         """Listen; the address."""
@@ -160,8 +162,9 @@ class CuttingProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 14):
-                writer.write(data)
-                await writer.drain()
+                if not self.hole:
+                    writer.write(data)
+                    await writer.drain()
         writer.transport.abort()
         self._writers.discard(writer)
 

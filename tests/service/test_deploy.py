@@ -15,6 +15,7 @@ import typer.main
 import yaml
 
 from swiftvideo.sdk import cli
+from swiftvideo.sdk.server.drain import SAVING
 
 from .harness import ServerProcess
 
@@ -41,10 +42,9 @@ def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     assert options["host"] == "0.0.0.0" and not options["insecure"]
     assert options["tokens"] and options["certificate"] and options["key"]
     assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
-    assert (
-        str(options["metrics_port"]) in found["EXPOSE"].split()
-        and str(options["metrics_port"]) in found["HEALTHCHECK"]
-    )
+    assert str(options["metrics_port"]) in found["EXPOSE"].split()
+    assert f"http://127.0.0.1:{options['metrics_port']}/healthz" in found["HEALTHCHECK"]
+    assert f"mkdir -m 700 {options['snapshots']} " in (DEPLOY / "Dockerfile").read_text()
     assert found["VOLUME"] == str(options["snapshots"])
     instructions = [name for name, _ in docker()]
     assert instructions.count("FROM") == 2 and instructions.index("USER") > instructions.index("COPY")
@@ -54,17 +54,43 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     service = compose["services"]["swiftvideo"]
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    wanted = {
-        Path(part).name for part in json.loads(dict(docker())["CMD"]) if part.startswith("/run/secrets/")
-    }
-    assert set(service["secrets"]) == set(compose["secrets"]) == wanted
-    assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + 1
-    assert service["volumes"][0].split(":")[1] == dict(docker())["VOLUME"]
+    mounts = dict(volume.split(":")[1::-1] for volume in service["volumes"])
+    wanted = {str(Path(part).parent) for part in json.loads(dict(docker())["CMD"]) if part.startswith("/")}
+    assert wanted == {"/run/secrets"} and mounts["/run/secrets"] == "./secrets", (
+        "a folder, so that rotation is seen"
+    )
+    assert mounts[dict(docker())["VOLUME"]] in compose["volumes"]
+    assert service["init"] is True
+    assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + SAVING + 1
     for other in ("prometheus", "grafana"):
-        mounted = compose["services"][other]["volumes"][0].split(":")[0]
-        assert (DEPLOY / mounted).is_file()
+        for volume in compose["services"][other]["volumes"]:
+            assert (DEPLOY / volume.split(":")[0]).exists()
     (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
     assert job["static_configs"][0]["targets"] == ["swiftvideo:9464"]
+
+
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    mounts = dict(volume.split(":")[1::-1] for volume in services["grafana"]["volumes"])
+    provisioning = "/etc/grafana/provisioning"
+    (source,) = yaml.safe_load(
+        (DEPLOY / mounts[f"{provisioning}/datasources"] / "prometheus.yaml").read_text()
+    )["datasources"]
+    assert source["type"] == "prometheus" and source["isDefault"]
+    assert re.fullmatch(r"http://(\w+):9090", source["url"])[1] in services  # type: ignore[index]
+    (provider,) = yaml.safe_load(
+        (DEPLOY / mounts[f"{provisioning}/dashboards"] / "swiftvideo.yaml").read_text()
+    )["providers"]
+    folder = provider["options"]["path"]
+    assert [inside for inside in mounts if inside.startswith(f"{folder}/")] == [f"{folder}/swiftvideo.json"]
+
+
+def test_secrets_go_into_no_image_and_no_commit() -> None:
+    for name, secret in ((".dockerignore", "deploy/secrets"), (".gitignore", "/deploy/secrets/")):
+        assert secret in (DEPLOY.parent / name).read_text().splitlines()
+    assert {".git", ".venv", "out", "build"} <= set(
+        (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    )
 
 
 def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
@@ -76,7 +102,9 @@ def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
     assert command[1] == "serve"
     options = parsed(command[2:])
     assert options["tokens"] and options["certificate"] and options["key"] and not options["insecure"]
-    assert service["KillSignal"] == "SIGTERM" and int(service["TimeoutStopSec"]) > options["grace"] + 1
+    assert (
+        service["KillSignal"] == "SIGTERM" and int(service["TimeoutStopSec"]) > options["grace"] + SAVING + 1
+    )
     assert str(options["snapshots"]) == f"/var/lib/{service['StateDirectory']}"
 
 
@@ -101,6 +129,6 @@ def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it(server: 
     }
     assert asked and asked <= served, f"not served: {sorted(asked - served)}"
     ours = {name for name in served if name.startswith("swiftvideo_") and not name.endswith("_created")}
-    unseen = {"swiftvideo_snapshots_total", "swiftvideo_forwards_after_cancel"}
+    unseen = {"swiftvideo_forwards_after_cancel"}
     assert ours - asked == unseen, f"not on the dashboard: {sorted(ours - asked - unseen)}"
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

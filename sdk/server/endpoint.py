@@ -1,0 +1,82 @@
+"""HTTP: /metrics for Prometheus, /healthz for whoever cannot ask gRPC's health service."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from swiftvideo.runtime.errors import SettingsError
+
+log = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """Serves from threads of its own until `close`.
+
+    Args:
+        host: to listen on.
+        port: 0 for a free one.
+        registry: of the metrics.
+        well: what /healthz says: 200 or 503.
+
+    Raises SettingsError where it cannot listen there.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, well: Callable[[], bool]) -> None:
+        metrics: Any = make_wsgi_app(registry)
+
+        def app(environ: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
+            path = environ["PATH_INFO"]
+            if path == "/metrics":
+                return metrics(environ, respond)  # type: ignore[no-any-return]
+            status, text = "404 Not Found", "use /metrics or /healthz\n"
+            if path == "/healthz":
+                status, text = (
+                    ("200 OK", "serving\n") if well() else ("503 Service Unavailable", "not serving\n")
+                )
+            respond(status, [("Content-Type", "text/plain")])
+            return [text.encode()]
+
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            kind = type("_Server", (_Server,), {"address_family": family})
+            self._server = kind((host, port), _Handler)
+        except OSError as error:  # socket.gaierror is one
+            raise SettingsError(
+                f"metrics cannot be served on {host}, port {port} ({error}): name an address of this machine and a "
+                "free port"
+            ) from error
+        self.port = int(self._server.server_port)
+        self._server.set_app(app)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="swiftvideo-http", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.info("an HTTP request broke", exc_info=True, extra={"peer": client_address})
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds that a client may take to ask."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
