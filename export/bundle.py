@@ -30,6 +30,7 @@ from swiftvideo.runtime.manifest import (
 )
 
 from .checkpoint import Checkpoint
+from .destination import check_destination, put_in_place, writing
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
@@ -63,8 +64,9 @@ def export_bundle(
     converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
     before each graph and at the end. consume: give up each part's weights when its graphs are written, which lowers the
     peak of memory; the checkpoint is of no use afterwards.
-    Raises SettingsError for a wrong size or dtype, and for an `out` that exists and is not empty, unless `overwrite`
-    is set and it holds a bundle.
+    Raises SettingsError for a wrong size or dtype, and for an `out` where no bundle can be written or that is not
+    empty, unless `overwrite` is set and it holds a bundle (`check_destination`); BundleWriteError where the disk is
+    full or refuses.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
@@ -145,43 +147,37 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
 ) -> Manifest:
-    _check_destination(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        (work / "onnx").mkdir()
-        done = 0
-        files: dict[str, WeightFile] = {}
-        for graph in graphs:
-            if progress:
-                progress(graph.name, done, GRAPH_COUNT)
-            file = files.setdefault(graph.data, WeightFile(work / "onnx" / f"{graph.data}.data"))
-            export_graph(graph, work / "onnx", file)
-            done += 1
-            del graph
-            gc.collect()
-        for name, content in extra.items():
-            (work / name).write_bytes(content)
-        manifest = dataclasses.replace(manifest, files=measure_files(work))
-        manifest.save(work)
-        if out.exists():
-            shutil.rmtree(out)
-        work.chmod(0o755)
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    place = check_destination(out, overwrite)
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        try:
+            done = _fill(work, graphs, progress)
+            for name, content in extra.items():
+                (work / name).write_bytes(content)
+            dataclasses.replace(manifest, files=measure_files(work)).save(work)
+            Manifest.load(work)  # what could not be opened replaces nothing
+            work.chmod(0o755)
+            put_in_place(work, place)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     if progress:
         progress("done", done, GRAPH_COUNT)
     return Manifest.load(out)
 
 
-def _check_destination(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise SettingsError(
-            f"{out} exists and is not empty: choose another folder, or pass overwrite (--overwrite)"
-        )
-    if not (out / "manifest.json").is_file():
-        raise SettingsError(f"{out} holds no bundle, so it is not overwritten: choose another folder")
+def _fill(work: Path, graphs: Iterator[Graph], progress: Progress | None) -> int:
+    """Write the graphs into the bundle `work`; return how many there were."""
+    (work / "onnx").mkdir()
+    done = 0
+    files: dict[str, WeightFile] = {}
+    for graph in graphs:
+        if progress:
+            progress(graph.name, done, GRAPH_COUNT)
+        file = files.setdefault(graph.data, WeightFile(work / "onnx" / f"{graph.data}.data"))
+        export_graph(graph, work / "onnx", file)
+        done += 1
+        del graph
+        gc.collect()
+    return done
