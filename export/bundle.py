@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from swiftvideo.runtime.manifest import (
 )
 
 from .checkpoint import Checkpoint
+from .checkpoint_files import check_finite
 from .destination import check_destination, put_in_place, writing
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
@@ -64,17 +66,20 @@ def export_bundle(
     converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
     before each graph and at the end. consume: give up each part's weights when its graphs are written, which lowers the
     peak of memory; the checkpoint is of no use afterwards.
-    Raises SettingsError for a wrong size or dtype, and for an `out` where no bundle can be written or that is not
-    empty, unless `overwrite` is set and it holds a bundle (`check_destination`); BundleWriteError where the disk is
-    full or refuses.
+    Raises CheckpointError for weights that are not finite in `dtype`; SettingsError for a wrong size, dtype or policy,
+    and for an `out` where no bundle can be written or that is not empty, unless `overwrite` is set and it holds a
+    bundle (`check_destination`); BundleWriteError where the disk is full or refuses.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
     geometry = checkpoint.geometry(height, width)
     schedule = checkpoint.schedule
+    info = checkpoint.info if policy is None else dataclasses.replace(checkpoint.info, policy=policy)
     target = DTYPES[dtype]
     backbone = checkpoint.backbone.to(target)
     encoder, decoder = checkpoint.text_encoder.to(target), checkpoint.vae.to(target)
+    for part, module in (("backbone", backbone), ("text encoder", encoder), ("VAE", decoder)):
+        check_finite(module.state_dict(), f"the {part} of {info.name}")
 
     def graphs() -> Iterator[Graph]:
         yield text_graph(encoder, geometry.text_len)
@@ -92,12 +97,12 @@ def export_bundle(
         Path(out),
         graphs(),
         Manifest(
-            model=checkpoint.info.name,
+            model=info.name,
             dtype=dtype,
             geometry=geometry,
-            policy=policy or checkpoint.info.policy,
+            policy=info.policy,
             schedule=schedule_info(schedule),
-            source=Source(checkpoint.kind, checkpoint.sha256),
+            source=Source(f"{checkpoint.kind}; {_versions()}", checkpoint.sha256),
             text_encoder=f"{encoder.layers} layers of width {encoder.text_dim}, {encoder.vocabulary} tokens",
             files={},
         ),
@@ -137,6 +142,10 @@ def schedule_info(schedule: Schedule) -> ScheduleInfo:
         context_noise=float(schedule.context_noise),
         shift=float(schedule.shift),
     )
+
+
+def _versions() -> str:
+    return f"swiftvideo {importlib.metadata.version('swiftvideo')}, torch {torch.__version__}"
 
 
 def _write(
