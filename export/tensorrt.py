@@ -9,6 +9,7 @@ and kernels appear in the bundle only when all are there: a failed build leaves 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from .destination import writing
 from .kernels.compiler import check_kernel, compile_kernel
 from .model_info import plain_name
 
+WORK = ".plans-"
+"""How the folder in a bundle begins in which plans are built."""
 PLAN, LAYERS = ".plan", ".layers.json"
 LOG_LINES = 12
 """Of the builder's log in the message of a failure."""
@@ -75,11 +79,42 @@ def build_plans(
         SettingsError: no such target.
         EngineUnavailableError: the target's product is not installed, or needs another GPU to build.
         BundleError: the bundle cannot be read, or has no such graph.
-        PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end.
+        PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end. Or
+            another process adds plans to the bundle.
         BundleWriteError: the disk is full or refuses.
     """
     parse_target(target)
-    manifest = Manifest.load(bundle)
+    with _alone(Path(bundle)):
+        return _build_all(Manifest.load(bundle), target, plugins, graphs, progress)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding plans to a bundle meanwhile, and remove what killed ones left in it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # loading the manifest says what is wrong
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlanBuildError(f"another process adds plans to {folder}: wait until it is done") from error
+        except OSError:  # a disk without locks: what is there may be in use
+            left = []
+        else:
+            left = list(folder.glob(f"{WORK}*"))
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build_all(
+    manifest: Manifest, target: str, plugins: bool, graphs: Iterable[str] | None, progress: Progress | None
+) -> list[Built]:
     assert manifest.folder is not None
     wanted = check_buildable(target, manifest.dtype, manifest.geometry.head_dim)
     names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
@@ -88,7 +123,7 @@ def build_plans(
         raise BundleMissingError(f"the bundle has no graph {missing[0]!r}: it has {', '.join(GRAPHS)}")
     _verify(manifest, names)
     with writing(manifest.folder):
-        work = Path(tempfile.mkdtemp(prefix=".plans-", dir=manifest.folder))
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=manifest.folder))
         try:
             kernels = _kernels(manifest, wanted, OPS if plugins else ROW_OPS)
             for kernel in kernels.values():

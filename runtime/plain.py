@@ -9,6 +9,7 @@ float, which takes integers too. Ranges are the dataclasses' own business.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -82,7 +83,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     ):
         return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if abs(value) <= sys.float_info.max or isinstance(value, float):
+            return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise PlainError(f"{where} is {value!r}, which is no {hint}")

@@ -405,6 +405,7 @@ def test_incomplete_or_contradictory_folders_are_refused(folder: Path) -> None:
         ({"height": True}, "height is True"),
         ({"shift": float("nan")}, "shift is nan"),
         ({"context_noise": -1.0}, "context_noise is -1.0"),
+        ({"shift": 10**400}, "shift is 1000"),
         ({"context_noise": 1001}, "context_noise is 1001"),
         ({"name": " "}, "name is ' '"),
         ({"name": "a\nb"}, "printable characters"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import functools
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -273,6 +275,20 @@ def test_a_full_disk_is_said_with_the_bundle(small: Path, monkeypatch: pytest.Mo
     ):
         build_plans(small, "rtx:sm89", graphs=["inject"])
     assert unchanged(small, before)
+
+
+def test_plans_are_added_by_one_process_at_a_time_which_cleans_up(small: Path) -> None:
+    (small / ".plans-killed" / "trt").mkdir(parents=True)
+    handle = os.open(small, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(PlanBuildError, match=f"another process adds plans to {small}: wait"):
+            build_plans(small, "rtx:sm89", graphs=["inject"])
+        assert (small / ".plans-killed").is_dir()
+    finally:
+        os.close(handle)
+    build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert not list(small.glob(".plans-*"))
 
 
 def test_a_builder_dies_with_its_parent() -> None:
