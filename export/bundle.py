@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from swiftvideo.runtime.manifest import (
 )
 
 from .checkpoint import Checkpoint
+from .checkpoint_files import check_finite
+from .destination import check_destination, put_in_place, writing
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
@@ -63,16 +66,20 @@ def export_bundle(
     converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
     before each graph and at the end. consume: give up each part's weights when its graphs are written, which lowers the
     peak of memory; the checkpoint is of no use afterwards.
-    Raises SettingsError for a wrong size or dtype, and for an `out` that exists and is not empty, unless `overwrite`
-    is set and it holds a bundle.
+    Raises CheckpointError for weights that are not finite in `dtype`; SettingsError for a wrong size, dtype or policy,
+    and for an `out` where no bundle can be written or that is not empty, unless `overwrite` is set and it holds a
+    bundle (`check_destination`); BundleWriteError where the disk is full or refuses.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
     geometry = checkpoint.geometry(height, width)
     schedule = checkpoint.schedule
+    info = checkpoint.info if policy is None else dataclasses.replace(checkpoint.info, policy=policy)
     target = DTYPES[dtype]
     backbone = checkpoint.backbone.to(target)
     encoder, decoder = checkpoint.text_encoder.to(target), checkpoint.vae.to(target)
+    for part, module in (("backbone", backbone), ("text encoder", encoder), ("VAE", decoder)):
+        check_finite(module.state_dict(), f"the {part} of {info.name}")
 
     def graphs() -> Iterator[Graph]:
         yield text_graph(encoder, geometry.text_len)
@@ -90,12 +97,12 @@ def export_bundle(
         Path(out),
         graphs(),
         Manifest(
-            model=checkpoint.info.name,
+            model=info.name,
             dtype=dtype,
             geometry=geometry,
-            policy=policy or checkpoint.info.policy,
+            policy=info.policy,
             schedule=schedule_info(schedule),
-            source=Source(checkpoint.kind, checkpoint.sha256),
+            source=Source(f"{checkpoint.kind}; {_versions()}", checkpoint.sha256),
             text_encoder=f"{encoder.layers} layers of width {encoder.text_dim}, {encoder.vocabulary} tokens",
             files={},
         ),
@@ -137,6 +144,10 @@ def schedule_info(schedule: Schedule) -> ScheduleInfo:
     )
 
 
+def _versions() -> str:
+    return f"swiftvideo {importlib.metadata.version('swiftvideo')}, torch {torch.__version__}"
+
+
 def _write(
     out: Path,
     graphs: Iterator[Graph],
@@ -145,43 +156,37 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
 ) -> Manifest:
-    _check_destination(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        (work / "onnx").mkdir()
-        done = 0
-        files: dict[str, WeightFile] = {}
-        for graph in graphs:
-            if progress:
-                progress(graph.name, done, GRAPH_COUNT)
-            file = files.setdefault(graph.data, WeightFile(work / "onnx" / f"{graph.data}.data"))
-            export_graph(graph, work / "onnx", file)
-            done += 1
-            del graph
-            gc.collect()
-        for name, content in extra.items():
-            (work / name).write_bytes(content)
-        manifest = dataclasses.replace(manifest, files=measure_files(work))
-        manifest.save(work)
-        if out.exists():
-            shutil.rmtree(out)
-        work.chmod(0o755)
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    place = check_destination(out, overwrite)
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        try:
+            done = _fill(work, graphs, progress)
+            for name, content in extra.items():
+                (work / name).write_bytes(content)
+            dataclasses.replace(manifest, files=measure_files(work)).save(work)
+            Manifest.load(work)  # what could not be opened replaces nothing
+            work.chmod(0o755)
+            put_in_place(work, place)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     if progress:
         progress("done", done, GRAPH_COUNT)
     return Manifest.load(out)
 
 
-def _check_destination(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise SettingsError(
-            f"{out} exists and is not empty: choose another folder, or pass overwrite (--overwrite)"
-        )
-    if not (out / "manifest.json").is_file():
-        raise SettingsError(f"{out} holds no bundle, so it is not overwritten: choose another folder")
+def _fill(work: Path, graphs: Iterator[Graph], progress: Progress | None) -> int:
+    """Write the graphs into the bundle `work`; return how many there were."""
+    (work / "onnx").mkdir()
+    done = 0
+    files: dict[str, WeightFile] = {}
+    for graph in graphs:
+        if progress:
+            progress(graph.name, done, GRAPH_COUNT)
+        file = files.setdefault(graph.data, WeightFile(work / "onnx" / f"{graph.data}.data"))
+        export_graph(graph, work / "onnx", file)
+        done += 1
+        del graph
+        gc.collect()
+    return done

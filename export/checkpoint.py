@@ -4,97 +4,81 @@
     checkpoint = load_checkpoint("Wan2.1-T2V-1.3B-Diffusers", backbone="longlive.pt")
 
 A folder holds transformer/, vae/, text_encoder/, tokenizer.json (or tokenizer/tokenizer.json) and, optionally,
-model.json with the sizes and settings to suggest (`ModelInfo`).
+model.json with the sizes and settings to suggest (`ModelInfo`). `read_outline` reads the JSON files alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer
 from transformers import UMT5EncoderModel
 from transformers.utils import logging
 
-from swiftvideo.runtime.errors import CheckpointError, SettingsError
-from swiftvideo.runtime.geometry import (
-    AnchorSettings,
-    BridgeSettings,
-    Geometry,
-    PolicySettings,
-    WindowSettings,
-)
+from swiftvideo.runtime.errors import BundleError, CheckpointError, SettingsError
+from swiftvideo.runtime.geometry import Geometry
+from swiftvideo.runtime.tokenizer import PromptTokenizer
 
 from . import checkpoint_naming as naming
-from .checkpoint_files import digest, find_weights, read_json, read_weights
+from .checkpoint_files import (
+    check_finite,
+    check_floating,
+    check_stored,
+    digest,
+    find_weights,
+    read_json,
+    read_weights,
+)
+from .lora import merge_lora, read_adapter
+from .model_info import ModelInfo, plain_name
 from .models.backbone import BackboneConfig, CausalWanModel
-from .models.schedule import DENOISING_INDICES, Schedule
+from .models.schedule import Schedule
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """model.json: sizes in pixels, frames of the memory and steps, with the published model's as defaults."""
+class Outline:
+    """What a checkpoint is by its small files alone, before any weights are read."""
 
-    name: str = "wan2.1-t2v-1.3b"
-    height: int = 480
-    width: int = 832
-    fps: int = 16
-    text_len: int = 512
-    window: int = 12
-    sink: int = 3
-    chunk: int = 3
-    max_anchors: int = 4
-    shift: float = 5.0
-    context_noise: float = 0.0
-    steps: tuple[int, ...] = DENOISING_INDICES
-    """Indices of the denoising steps, 1..1000, falling."""
-    latents_mean: tuple[float, ...] | None = None
-    """Per channel; None takes the VAE's config."""
-    latents_std: tuple[float, ...] | None = None
-    policy: PolicySettings = field(default_factory=PolicySettings)
+    info: ModelInfo
+    config: BackboneConfig
+    temporal_stride: int
+    """Video frames that the VAE makes of a latent one."""
+    spatial_stride: int
 
-    @classmethod
-    def parse(cls, content: Mapping[str, Any], source: str) -> ModelInfo:
-        """From model.json's content. Raises CheckpointError for unknown keys and values out of range."""
-        values = _known(cls, content, source)
-        for key in ("steps", "latents_mean", "latents_std"):
-            if values.get(key) is not None:
-                values[key] = tuple(values[key])
-        try:
-            if "policy" in values:
-                values["policy"] = _policy(values["policy"], source)
-            info = cls(**values)
-            Schedule(info.shift, info.steps, info.context_noise)
-        except (SettingsError, TypeError) as error:
-            raise CheckpointError(f"{source}: {error}") from error
-        return info
-
-
-def _known(cls: type, content: Any, source: str) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{source}: {content!r} where an object is needed")
-    known = {item.name for item in dataclasses.fields(cls)}
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise CheckpointError(
-            f"{source}: unknown keys {naming.listed(unknown)}; known are {', '.join(sorted(known))}"
+    def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
+        """Geometry at a size in pixels, the checkpoint's own by default. Raises SettingsError for a wrong size."""
+        info, stride = self.info, self.spatial_stride
+        height = info.height if height is None else height
+        width = info.width if width is None else width
+        for name, size, patch in (
+            ("height", height, self.config.patch[1]),
+            ("width", width, self.config.patch[2]),
+        ):
+            if size < 1 or size % (stride * patch):
+                raise SettingsError(
+                    f"{name} is {size} pixels: a positive multiple of {stride * patch} is needed, the VAE's stride "
+                    f"{stride} times the backbone's patch {patch}"
+                )
+        return self.config.geometry(
+            height // stride,
+            width // stride,
+            window=info.window,
+            sink=info.sink,
+            chunk=info.chunk,
+            max_anchors=info.max_anchors,
+            temporal_stride=self.temporal_stride,
+            spatial_stride=stride,
+            fps=info.fps,
+            steps=len(info.steps),
         )
-    return dict(content)
-
-
-def _policy(content: Any, source: str) -> PolicySettings:
-    values = _known(PolicySettings, content, f"{source}: policy")
-    groups = {"bridge": BridgeSettings, "window": WindowSettings, "anchors": AnchorSettings}
-    for name, group in groups.items():
-        if name in values:
-            values[name] = group(**_known(group, values[name], f"{source}: policy.{name}"))
-    return PolicySettings(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,28 +109,13 @@ class Checkpoint:
     @property
     def schedule(self) -> Schedule:
         """The noise schedule."""
-        return Schedule(self.info.shift, self.info.steps, self.info.context_noise)
+        return self.info.schedule
 
     def geometry(self, height: int | None = None, width: int | None = None) -> Geometry:
-        """Geometry at a size in pixels, the checkpoint's own by default. Raises SettingsError for a wrong size."""
-        stride, info = self.vae.spatial_stride, self.info
-        height, width = height or info.height, width or info.width
-        if height % stride or width % stride:
-            raise SettingsError(
-                f"{width}x{height} pixels: both must be multiples of the VAE's stride, {stride}"
-            )
-        return self.backbone.config.geometry(
-            height // stride,
-            width // stride,
-            window=info.window,
-            sink=info.sink,
-            chunk=info.chunk,
-            max_anchors=info.max_anchors,
-            temporal_stride=self.vae.temporal_stride,
-            spatial_stride=stride,
-            fps=info.fps,
-            steps=len(info.steps),
-        )
+        """See `Outline.geometry`."""
+        vae = self.vae
+        outline = Outline(self.info, self.backbone.config, vae.temporal_stride, vae.spatial_stride)
+        return outline.geometry(height, width)
 
 
 def parse_config(content: Mapping[str, Any], source: str, text_len: int | None = None) -> BackboneConfig:
@@ -199,9 +168,9 @@ def load_backbone(
 
     path: safetensors, shards with an index, a torch file, or a folder that holds one of them; original Wan or
     diffusers names, with or without prefixes and containers. config: else read from config.json beside the weights.
-    lora: an adapter file, or a folder as peft writes it, merged into the weights; lora_alpha: else its
-    adapter_config.json, else the rank. ema: True for generator_ema, False for generator, None for the averaged
-    weights where there are any. dtype: of the weights, None keeps the file's. text_len: see `parse_config`.
+    lora: an adapter file, or a folder as peft or diffusers writes it, merged into the weights; lora_alpha: else that
+    of its settings (`read_adapter`), else the rank. ema: True for generator_ema, False for generator, None for the
+    averaged weights where there are any. dtype: of the weights, None keeps the file's. text_len: see `parse_config`.
     Raises CheckpointError.
     """
     return _load_backbone(Path(path), config, lora, lora_alpha, ema, dtype, text_len)[0]
@@ -228,25 +197,18 @@ def _load_backbone(
     with torch.device("meta"):
         model = CausalWanModel(config)
     naming.check(named, {key: value.shape for key, value in model.state_dict().items()}, str(path))
-    state, kind = named.state, named.found
+    check_floating({key: value.dtype for key, value in named.state.items()}, path)
+    state, kind = named.state, f"{named.found}, {files[0].name}"
     if lora is not None:
-        state, read = _merge(state, Path(lora), lora_alpha)
-        files += read
-        kind += " with LoRA"
+        adapter = read_adapter(Path(lora))
+        state = merge_lora(state, adapter.state, str(lora), lora_alpha, adapter.config)
+        files += adapter.files
+        alpha = adapter.config.get("lora_alpha", "its own") if lora_alpha is None else lora_alpha
+        kind += f" with LoRA {adapter.files[0].name}, alpha {alpha}"
     state = {key: value.to(dtype or value.dtype).contiguous() for key, value in state.items()}
+    check_finite(state, path)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), kind, files
-
-
-def _merge(state: naming.State, lora: Path, alpha: float | None) -> tuple[naming.State, list[Path]]:
-    files = find_weights(lora)
-    config_file = (lora if lora.is_dir() else lora.parent) / "adapter_config.json"
-    config = None
-    if config_file.is_file():
-        config = read_json(config_file)
-        files.append(config_file)
-    adapter, _ = naming.unwrap(read_weights(lora), str(lora), None)
-    return naming.merge_lora(state, adapter, str(lora), alpha, config), files
 
 
 def load_vae(
@@ -264,17 +226,20 @@ def load_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) ->
 
 
 def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    find_weights(folder)
+    check_stored(find_weights(folder))
     read_json(folder / "config.json")
     keyword = "dtype" if cls is UMT5EncoderModel else "torch_dtype"
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be read as {cls.__name__}: {error}") from error
+        with _reading(cls, folder):
+            model, report = cls.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **{keyword: dtype},
+            )
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -294,7 +259,48 @@ def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         raise CheckpointError(
             f"{folder} does not fit {cls.__name__}: {'; '.join(problems)}. Use its own config.json"
         )
+    check_finite(model.state_dict(), folder)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _reading(cls: type, folder: Path) -> Iterator[None]:
+    """Turn what a library raises for files or settings that it cannot use into CheckpointError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # odd values of a config.json fail anywhere in it
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} cannot be read as {cls.__name__} ({reason}); use the config.json and weights of one model"
+        ) from error
+
+
+def read_outline(folder: str | Path) -> Outline:
+    """The outline of a checkpoint folder, read from its JSON files. Raises CheckpointError where one does not fit."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a folder; give one with transformer/, vae/ and text_encoder/")
+    model_json = root / "model.json"
+    content = read_json(model_json) if model_json.is_file() else {}
+    info = ModelInfo.parse({"name": plain_name(root.resolve().name)} | content, str(model_json))
+    config_file, vae_file = root / "transformer" / "config.json", root / "vae" / "config.json"
+    config = parse_config(read_json(config_file), str(config_file), info.text_len)
+    if content and config.text_len != info.text_len:
+        raise CheckpointError(
+            f"text_len is {info.text_len} in {model_json} and {config.text_len} in {config_file}; make them agree"
+        )
+    settings = read_json(vae_file)
+    with _reading(AutoencoderKLWan, vae_file.parent), torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(settings)
+    decoder = StreamingDecoder(vae, info.latents_mean, info.latents_std)
+    if decoder.latent_channels != config.in_channels:
+        raise CheckpointError(
+            f"{root}: vae: latent channels {decoder.latent_channels}, but the backbone takes {config.in_channels}; use "
+            "the parts of one model"
+        )
+    return Outline(info, config, decoder.temporal_stride, decoder.spatial_stride)
 
 
 def load_checkpoint(
@@ -312,13 +318,8 @@ def load_checkpoint(
     is then transformer/config.json. dtype: of all weights. The other arguments are `load_backbone`'s.
     Raises CheckpointError where a part is missing or does not fit the others.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise CheckpointError(f"{root} is not a folder; give one with transformer/, vae/ and text_encoder/")
-    model_json = root / "model.json"
-    info = ModelInfo(name=root.resolve().name)
-    if model_json.is_file():
-        info = ModelInfo.parse(read_json(model_json), str(model_json))
+    outline, root = read_outline(folder), Path(folder)
+    info, config = outline.info, outline.config
     tokenizer = next(
         (p for p in (root / "tokenizer.json", root / "tokenizer" / "tokenizer.json") if p.is_file()), None
     )
@@ -326,25 +327,34 @@ def load_checkpoint(
         raise CheckpointError(
             f"{root} has neither tokenizer.json nor tokenizer/tokenizer.json; copy the tokenizer there"
         )
-    config_file = root / "transformer" / "config.json"
-    config = parse_config(read_json(config_file), str(config_file), info.text_len)
-    if model_json.is_file() and config.text_len != info.text_len:
-        raise CheckpointError(
-            f"text_len is {info.text_len} in {model_json} and {config.text_len} in {config_file}; make them agree"
-        )
+    words = _largest_token(tokenizer, config.text_len)
     source = Path(backbone) if backbone else root / "transformer"
     model, kind, files = _load_backbone(source, config, lora, lora_alpha, ema, dtype, None)
     text_encoder = load_text_encoder(root / "text_encoder", dtype)
     vae = load_vae(root / "vae", info, dtype)
-    for part, theirs, ours in (
-        ("text_encoder: width", text_encoder.text_dim, config.text_dim),
-        ("vae: latent channels", vae.latent_channels, config.in_channels),
-    ):
-        if theirs != ours:
-            raise CheckpointError(
-                f"{root}: {part} {theirs}, but the backbone takes {ours}; use the parts of one model"
-            )
-    files += [config_file, tokenizer, *([model_json] if model_json.is_file() else [])]
+    if text_encoder.text_dim != config.text_dim:
+        raise CheckpointError(
+            f"{root}: text_encoder: width {text_encoder.text_dim}, but the backbone takes {config.text_dim}; use the "
+            "parts of one model"
+        )
+    if words >= text_encoder.vocabulary:
+        raise CheckpointError(
+            f"{tokenizer} has the token {words}, and the text encoder knows {text_encoder.vocabulary} tokens; use the "
+            "tokenizer of this text encoder"
+        )
+    files += [root / "transformer" / "config.json", tokenizer]
+    files += [file for file in (root / "model.json",) if file.is_file()]
     for name in ("text_encoder", "vae"):
         files += [*find_weights(root / name), root / name / "config.json"]
     return Checkpoint(kind, model, text_encoder, vae, tokenizer.read_bytes(), info, digest(files, root))
+
+
+def _largest_token(file: Path, text_len: int) -> int:
+    """The largest token id of a tokenizer.json that the runtime can open."""
+    content = file.read_bytes()
+    try:
+        PromptTokenizer(content, text_len)
+    except BundleError as error:
+        raise CheckpointError(f"{file} is no tokenizer that can be used ({error}); copy it again") from error
+    vocabulary: dict[str, int] = Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+    return max(vocabulary.values(), default=0)

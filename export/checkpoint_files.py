@@ -5,33 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from swiftvideo.runtime.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
+"""What diffusers, transformers and peft call their files of weights."""
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def find_weights(path: Path) -> list[Path]:
     """Files that hold the weights at `path`: a file itself, or what a folder holds (index first, then its shards).
 
+    Of several in a folder, such as an fp16 variant beside the others, the one with a library's own name counts.
     Raises CheckpointError where there is nothing, or more than one set of weights.
     """
     if path.is_file():
         return [path, *_shards(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a folder or a file with weights")
+    own = [
+        path / (stem + suffix) for stem in STEMS for suffix in (".safetensors" + INDEX_SUFFIX, ".safetensors")
+    ]
     indices = sorted(path.glob("*" + INDEX_SUFFIX))
     singles = sorted(path.glob("*.safetensors"))
-    candidates = indices or singles or sorted(f for f in path.iterdir() if f.suffix in TORCH_SUFFIXES)
+    candidates = [file for file in own if file.is_file()][:1] or indices or singles
+    candidates = candidates or sorted(f for f in path.iterdir() if f.suffix in TORCH_SUFFIXES)
     if len(candidates) != 1:
         found = ", ".join(f.name for f in candidates[:5]) or "none"
         raise CheckpointError(
@@ -45,35 +56,101 @@ def read_weights(path: Path) -> Any:
 
     Torch files are read with weights_only=True: a file that would run code is refused.
     """
-    files = find_weights(path)
-    if files[0].name.endswith(INDEX_SUFFIX):
-        return _read_shards(files[0])
-    if files[0].suffix == ".safetensors":
-        return _read_safetensors(files[0])
-    if files[0].suffix not in TORCH_SUFFIXES:
+    file = find_weights(path)[0]
+    if file.name.endswith(INDEX_SUFFIX):
+        return _read_shards(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    if file.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(
-            f"{files[0]}: the kind {files[0].suffix!r} is unknown; use .safetensors or {', '.join(TORCH_SUFFIXES)}"
+            f"{file}: the kind {file.suffix!r} is unknown; use .safetensors or {', '.join(TORCH_SUFFIXES)}"
         )
+    _refuse_substitutes(file)
     try:
         # Mapped, so that containers that are not wanted cost no memory.
-        return torch.load(files[0], map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(files[0]))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{files[0]} is not plain tensors, or would run code when read; convert it to safetensors: {error}"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{files[0]} cannot be read; it may be cut short, copy it again: {error}"
-        ) from error
+        named = _GLOBAL.search(str(error))
+        what = f"would run code when read: it names {named[1]}" if named else "is not plain tensors"
+        raise CheckpointError(f"{file} {what}; convert it to safetensors where you trust it") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise _damaged(file, error) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for other kinds."""
+    if file.suffix != ".safetensors":
+        return {}
+    with _opened(file) as content:
+        return dict(content.metadata() or {})
+
+
+def check_stored(files: Iterable[Path]) -> None:
+    """Raise CheckpointError where safetensors files are damaged or hold quantised weights, by their headers alone."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            with _opened(file) as content:
+                check_floating({name: content.get_slice(name).get_dtype() for name in content.keys()}, file)  # noqa: SIM118
+
+
+def check_floating(kinds: Mapping[str, torch.dtype | str], source: object) -> None:
+    """Raise CheckpointError unless all dtypes, torch's or safetensors', are of floating point."""
+    for name, kind in kinds.items():
+        if not (kind.is_floating_point if isinstance(kind, torch.dtype) else "F" in kind):
+            raise CheckpointError(
+                f"{source}: {name} is {kind}, and quantised weights are not supported; use the fp32 or bf16 file"
+            )
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Raise CheckpointError where a tensor holds NaN or infinity."""
+    for name, value in state.items():
+        if not value.numel():
+            continue
+        low, high = (value.float() if value.element_size() == 1 else value).aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            remedy = "use bf16 or fp32, or " if value.dtype == torch.float16 else ""
+            raise CheckpointError(
+                f"{source}: {name} has values that are not finite in {value.dtype}; {remedy}copy the file again"
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    _refuse_substitutes(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    _refuse_substitutes(path)
+    try:
+        with safe_open(path, "pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).partition("\n")[0]
+    return CheckpointError(f"{path} cannot be read; it may be cut short, copy it again: {reason}")
+
+
+def _refuse_substitutes(path: Path) -> None:
+    """Raise CheckpointError for what downloads leave in the place of weights."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise _damaged(path, error) from error
+    if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{path} cannot be read; it may be cut short, copy it again: {error}"
-        ) from error
+            f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
+        )
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{path} is a web page, not the weights; download the file itself")
 
 
 def read_json(path: Path) -> dict[str, Any]:

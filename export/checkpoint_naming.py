@@ -1,11 +1,10 @@
-"""Names of a backbone's weights: original Wan, diffusers, training containers, and LoRA adapters in peft's naming.
+"""Names of a backbone's weights: original Wan, diffusers, training containers.
 
 Everything is turned into the original Wan names, which `CausalWanModel` uses.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ SHOWN = 5
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 PREFIX = re.compile(r"^(?:(?:base_model|model|module|diffusion_model|transformer)\.)+")
-CONTAINERS = ("generator_lora", "state_dict", "model", "lora", "module")
-"""Keys of a torch file below which the tensors may lie, besides generator and generator_ema."""
+AVERAGED = ("generator_ema", "model_ema", "ema")
+"""Keys of a torch file below which averaged weights may lie."""
+CONTAINERS = ("generator", "generator_lora", "state_dict", "model", "lora", "module")
+"""Keys of a torch file below which other tensors may lie; the first of them counts."""
 
 # diffusers pattern -> original Wan replacement, and back. Both apply to the start of a key.
 _PAIRS = (
@@ -113,33 +114,45 @@ class Named:
 def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
     """Tensors of a file's content, and the container they were in ('' for none).
 
-    content: a mapping of tensors, or of containers, as training writes them. ema: True takes `generator_ema`,
-    False `generator`, None the averaged weights where there are any.
-    Raises CheckpointError where there are no tensors, or not the container asked for.
+    content: a mapping of tensors, or of containers, as training writes them, with what else it notes beside them. ema:
+    True takes the averaged weights (`generator_ema` or another of AVERAGED), False those that training goes on with,
+    None the averaged ones where there are any.
+    Raises CheckpointError where there are no tensors, not the container asked for, or two to choose from.
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{source} holds a {type(content).__name__}, not named tensors; use a state dict"
         )
     content = _grouped(content)
-    names = [name for name in ("generator_ema", "generator") if isinstance(content.get(name), Mapping)]
-    if names:
-        wanted = names[0] if ema is None else ("generator_ema" if ema else "generator")
-        if wanted not in names:
-            raise CheckpointError(f"{source} has no {wanted}, only {', '.join(names)}; ask for that one")
-        inner, path = unwrap(content[wanted], source, None)
-        return inner, f"{wanted}.{path}".rstrip(".")
+    averaged = [name for name in AVERAGED if _holds_tensors(content.get(name))]
+    plain = [name for name in CONTAINERS if _holds_tensors(content.get(name))]
+    if len(averaged) > 1 and ema is not False:
+        raise CheckpointError(f"{source} has averaged weights in {listed(averaged)}; keep one of them")
+    if averaged or "generator" in plain:
+        names = averaged if ema or (ema is None and averaged) else plain
+        if not names:
+            wanted = "generator_ema" if ema else "generator"
+            raise CheckpointError(
+                f"{source} has no {wanted}, only {listed(averaged or plain)}; ask for that one"
+            )
+        inner, path = unwrap(content[names[0]], source, None)
+        return inner, f"{names[0]}.{path}".rstrip(".")
+    if plain:
+        inner, path = unwrap(content[plain[0]], source, ema)
+        return inner, f"{plain[0]}.{path}".rstrip(".")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors:
         return tensors, ""
-    for name in CONTAINERS:
-        if isinstance(content.get(name), Mapping):
-            inner, path = unwrap(content[name], source, ema)
-            return inner, f"{name}.{path}".rstrip(".")
     keys = listed(str(key) for key in content) or "nothing"
     raise CheckpointError(
-        f"{source} has no tensors; it holds {keys}. Containers looked for: generator, generator_ema, "
-        f"{', '.join(CONTAINERS)}"
+        f"{source} has no tensors; it holds {keys}. Containers looked for: {', '.join((*CONTAINERS, *AVERAGED))}"
+    )
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a container of tensors, at any depth."""
+    return isinstance(value, Mapping) and any(
+        isinstance(item, Tensor) or _holds_tensors(item) for item in value.values()
     )
 
 
@@ -210,75 +223,3 @@ def check(named: Named, expected: Mapping[str, torch.Size], source: str) -> None
             f"{source} ({named.found}) does not fit the backbone: {'; '.join(problems)}. "
             "Use the weights of this architecture, or correct the config"
         )
-
-
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-
-
-def merge_lora(
-    base: Mapping[str, Tensor],
-    adapter: Mapping[str, Tensor],
-    source: str,
-    alpha: float | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> State:
-    """Weights with an adapter merged in: W + alpha / rank * B A, computed in float32.
-
-    base: original Wan names. adapter: peft's names, `...lora_A[.name].weight` [rank, in] and `...lora_B` [out, rank],
-    over modules of either naming; `<module>.alpha` tensors are used where present. alpha: for all modules; else
-    `lora_alpha` of config (an adapter_config.json); else the rank, that is, a scale of 1.
-    Raises CheckpointError for halves without their partner, unknown modules, wrong shapes, or what is not plain LoRA.
-    """
-    config = config or {}
-    for option in ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out"):
-        if config.get(option):
-            raise CheckpointError(
-                f"{source}: {option} is {config[option]!r}, which is not supported; merge it with peft"
-            )
-    halves: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    surplus, names = [], set()
-    for key, value in adapter.items():
-        match = _LORA.match(key)
-        if match:
-            names.add(match["adapter"])
-            halves.setdefault(_module(match["module"]), {})[match["half"]] = value
-        elif key.endswith(".alpha") and value.numel() == 1:
-            alphas[_module(key.removesuffix(".alpha"))] = float(value)
-        else:
-            surplus.append(key)
-    if surplus or not halves:
-        raise CheckpointError(
-            f"{source}: not a LoRA in peft's naming; unknown keys: {listed(surplus) or 'it is empty'}"
-        )
-    if len(names) > 1:
-        raise CheckpointError(
-            f"{source} holds {len(names)} adapters, {listed(sorted(map(str, names)))}; keep one"
-        )
-    unknown = [
-        module for module in [*halves, *alphas] if module + ".weight" not in base or module not in halves
-    ]
-    if unknown:
-        raise CheckpointError(f"{source}: {len(unknown)} modules are not in the backbone: {listed(unknown)}")
-    single = [module for module, pair in halves.items() if len(pair) != 2]
-    if single:
-        raise CheckpointError(f"{source}: {len(single)} modules lack lora_A or lora_B: {listed(single)}")
-    merged = dict(base)
-    for module, pair in halves.items():
-        weight, a, b = base[module + ".weight"], pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or weight.shape != (b.shape[0], a.shape[1]):
-            raise CheckpointError(
-                f"{source}: {module} is {tuple(weight.shape)}, but lora_A is {tuple(a.shape)} and lora_B "
-                f"{tuple(b.shape)}; the adapter belongs to another architecture"
-            )
-        rank = a.shape[0]
-        strength = alphas.get(module, alpha if alpha is not None else float(config.get("lora_alpha", rank)))
-        scale = strength / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        merged[module + ".weight"] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
-    return merged
-
-
-def _module(name: str) -> str:
-    """Original Wan name of a module that an adapter names."""
-    short = strip(name)
-    return from_diffusers(short) or short  # no original Wan name is also one of diffusers

@@ -42,7 +42,7 @@ def without_weights(name: str, height: int, width: int, folder: Path) -> Manifes
     with torch.device("meta"):
         backbone, vae = CausalWanModel(PRESETS[name]), AutoencoderKLWan()
     for module in (backbone, vae):
-        blank(module, torch.bfloat16)
+        blank(module.bfloat16())
     (folder / "onnx").mkdir()
     for graph in (
         *backbone_graphs(backbone, geometry, schedule),

@@ -17,7 +17,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from swiftvideo.runtime.errors import SettingsError
 
-from .checkpoint import Checkpoint, ModelInfo
+from .checkpoint import Checkpoint, Outline
+from .model_info import ModelInfo
 from .models.backbone import PRESETS, CausalWanModel
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
@@ -37,6 +38,18 @@ WORDS = 4096
 """Words "w0", "w1", ... that the generated tokenizer knows."""
 
 
+def random_outline(name: str) -> Outline:
+    """What `random_checkpoint` makes, before any weights are there. Raises SettingsError for an unknown name."""
+    if name not in PRESETS:
+        raise SettingsError(f"no architecture {name!r}: known are {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    with torch.device("meta"):
+        vae = AutoencoderKLWan()
+    decoder = StreamingDecoder(vae)
+    info = ModelInfo(name=f"{name}-random", text_len=config.text_len)
+    return Outline(info, config, decoder.temporal_stride, decoder.spatial_stride)
+
+
 def random_checkpoint(
     name: str, *, dtype: torch.dtype = torch.float32, full_text_encoder: bool = False, seed: int = 0
 ) -> Checkpoint:
@@ -44,9 +57,8 @@ def random_checkpoint(
 
     Raises SettingsError for an unknown name.
     """
-    if name not in PRESETS:
-        raise SettingsError(f"no architecture {name!r}: known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
+    outline = random_outline(name)
+    config = outline.config
     generator = torch.Generator().manual_seed(seed)
     layers = UMT5_XXL["num_layers"] if full_text_encoder else SHORT_LAYERS
     text = UMT5Config(**UMT5_XXL | {"num_layers": layers}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
@@ -60,7 +72,7 @@ def random_checkpoint(
         text_encoder=TextEncoder(encoder),
         vae=StreamingDecoder(vae),
         tokenizer=word_tokenizer(WORDS),
-        info=ModelInfo(name=f"{name}-random", text_len=config.text_len),
+        info=outline.info,
         sha256=hashlib.sha256(f"{name} {seed} {full_text_encoder}".encode()).hexdigest(),
     )
 

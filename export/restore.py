@@ -143,21 +143,21 @@ def _reader(manifest: Manifest) -> Read:
 def _text(manifest: Manifest, config: dict[str, Any]) -> TextEncoder:
     with torch.device("meta"):
         umt5 = UMT5EncoderModel(UMT5Config(**config["text_encoder"]))
-    return TextEncoder(blank(umt5, DTYPES[manifest.dtype]))
+        encoder = TextEncoder(umt5).to(DTYPES[manifest.dtype])
+    return blank(encoder)
 
 
 def _decoder(manifest: Manifest, config: dict[str, Any]) -> StreamingDecoder:
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config["vae"])
-    return StreamingDecoder(blank(vae, DTYPES[manifest.dtype]))
+    return StreamingDecoder(blank(vae.to(DTYPES[manifest.dtype])))
 
 
 def _backbone(manifest: Manifest, config: dict[str, Any]) -> CausalWanModel:
     backbone = config.get("backbone") or _no_weights(manifest)
     with torch.device("meta"):
         wan = CausalWanModel(BackboneConfig(**backbone | {"patch": tuple(backbone["patch"])}))
-    blank(wan, DTYPES[manifest.dtype])
-    return wan
+    return blank(wan.to(DTYPES[manifest.dtype]))
 
 
 def _no_weights(manifest: Manifest) -> dict[str, Any]:

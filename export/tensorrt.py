@@ -9,6 +9,7 @@ and kernels appear in the bundle only when all are there: a failed build leaves 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -16,19 +17,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swiftvideo.runtime.engines.cuda import find_gpus
 from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
-from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure
+from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure, measure_files
 from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
 from swiftvideo.runtime.plugins.kernel import OPS, ROW_OPS, Kernel
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
 from swiftvideo.runtime.plugins.tensorrt import PLUGINS
 
+from .destination import writing
+from .kernels.compiler import check_kernel, compile_kernel
+from .model_info import plain_name
+
+WORK = ".plans-"
+"""How the folder in a bundle begins in which plans are built."""
+PLAN, LAYERS = ".plan", ".layers.json"
 LOG_LINES = 12
 """Of the builder's log in the message of a failure."""
 
@@ -70,34 +79,80 @@ def build_plans(
         SettingsError: no such target.
         EngineUnavailableError: the target's product is not installed, or needs another GPU to build.
         BundleError: the bundle cannot be read, or has no such graph.
-        PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end.
+        PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end. Or
+            another process adds plans to the bundle.
+        BundleWriteError: the disk is full or refuses.
+    """
+    parse_target(target)
+    with _alone(Path(bundle)):
+        return _build_all(Manifest.load(bundle), target, plugins, graphs, progress)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding plans to a bundle meanwhile, and remove what killed ones left in it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # loading the manifest says what is wrong
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlanBuildError(f"another process adds plans to {folder}: wait until it is done") from error
+        except OSError:  # a disk without locks: what is there may be in use
+            left = []
+        else:
+            left = list(folder.glob(f"{WORK}*"))
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build_all(
+    manifest: Manifest, target: str, plugins: bool, graphs: Iterable[str] | None, progress: Progress | None
+) -> list[Built]:
+    assert manifest.folder is not None
+    wanted = check_buildable(target, manifest.dtype, manifest.geometry.head_dim)
+    names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
+    missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]
+    if missing:
+        raise BundleMissingError(f"the bundle has no graph {missing[0]!r}: it has {', '.join(GRAPHS)}")
+    _verify(manifest, names)
+    with writing(manifest.folder):
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=manifest.folder))
+        try:
+            kernels = _kernels(manifest, wanted, OPS if plugins else ROW_OPS)
+            for kernel in kernels.values():
+                for name, content in kernel.files().items():
+                    (work / name).parent.mkdir(exist_ok=True)
+                    (work / name).write_bytes(content)
+            built = [_build(manifest, wanted, graph, plugins, kernels, work, progress) for graph in names]
+            _add(manifest, work, built)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return built
+
+
+def check_buildable(target: str, dtype: str, head_dim: int) -> Target:
+    """The target, where plans of a bundle of that dtype and head width can be built here.
+
+    Raises SettingsError where there is no such target or no kernel for such heads, EngineUnavailableError where the
+    target's product is not installed or needs another GPU to build.
     """
     wanted = parse_target(target)
-    manifest = Manifest.load(bundle)
-    assert manifest.folder is not None
     if wanted.flavour.installed is None:
         raise EngineUnavailableError(
             f"--target {target} needs {wanted.flavour.name}, which is not installed: {wanted.flavour.install}"
         )
     if wanted.flavour is TENSORRT:
         _check_gpu(wanted)
-    names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
-    missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]
-    if missing:
-        raise BundleMissingError(f"the bundle has no graph {missing[0]!r}: it has {', '.join(GRAPHS)}")
-    _verify(manifest, names)
-    work = Path(tempfile.mkdtemp(prefix=".plans-", dir=manifest.folder))
-    try:
-        kernels = _kernels(manifest, wanted, OPS if plugins else ROW_OPS)
-        for kernel in kernels.values():
-            for name, content in kernel.files().items():
-                (work / name).parent.mkdir(exist_ok=True)
-                (work / name).write_bytes(content)
-        built = [_build(manifest, wanted, graph, plugins, kernels, work, progress) for graph in names]
-        _add(manifest, work, built)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return built
+    for op in OPS:
+        check_kernel(op, wanted.capability, dtype, head_dim)
+    return wanted
 
 
 def _check_gpu(target: Target) -> None:
@@ -122,8 +177,6 @@ def _verify(manifest: Manifest, graphs: list[str]) -> None:
 
 
 def _kernels(manifest: Manifest, target: Target, ops: Iterable[str]) -> dict[str, Kernel]:
-    from .kernels.compiler import compile_kernel
-
     head = manifest.geometry.head_dim
     return {op: compile_kernel(op, target.capability, manifest.dtype, head).kernel for op in ops}
 
@@ -143,7 +196,7 @@ def plan_stem(manifest: Manifest, target: Target, graph: str, plugins: bool) -> 
     """File name of a plan without suffix: model, graph, dtype, product, version, capability."""
     version = target.flavour.installed
     kind = "" if plugins else "-functions"
-    model = "".join(c if c.isalnum() or c in "-_." else "_" for c in manifest.model)
+    model = plain_name(manifest.model)
     return f"{model}-{graph}-{manifest.dtype}-{target.flavour.name}{version}-sm{target.capability}{kind}"
 
 
@@ -161,7 +214,7 @@ def _build(
     stem = plan_stem(manifest, target, graph, plugins)
     folder = work / target.folder
     folder.mkdir(parents=True, exist_ok=True)
-    plan, log, result_file = folder / f"{stem}.plan", work / f"{graph}.log", work / f"{graph}.result.json"
+    plan, log, result_file = folder / f"{stem}{PLAN}", work / f"{graph}.log", work / f"{graph}.result.json"
     job = {
         "flavour": target.flavour.name,
         "capability": target.capability,
@@ -172,17 +225,19 @@ def _build(
         "kernels": str(work / "kernels") if plugins else None,
         "sizes": sizes(manifest, graph),
         "timing_cache": _timing_cache(target),
+        "parent": os.getpid(),
     }
     (work / f"{graph}.job.json").write_text(json.dumps(job))
-    code = _run_child(work / f"{graph}.job.json", target, work, graph, progress)
-    result: dict[str, Any] = json.loads(result_file.read_text()) if result_file.is_file() else {}
-    if code or "error" in result or not plan.is_file():
+    code, problem = _run_child(work / f"{graph}.job.json", target, work, graph, progress)
+    result: dict[str, Any] = {"error": problem} if problem else _read_result(result_file)
+    if code or not result or "error" in result or not plan.is_file():
         raise _failure(graph, target, code, result, log)
     found = _plugin_layers(graph, result, plugins)
-    layers = folder / f"{stem}.layers.json"
+    layers = folder / f"{stem}{LAYERS}"
     layers.write_text(
         json.dumps({"bindings": result["bindings"], "layers": result["layers"]}, indent=1) + "\n"
     )
+    plan, layers = _named_by_content(plan), _named_by_content(layers)
     info = PlanInfo(
         graph=graph,
         target=target.name,
@@ -199,6 +254,21 @@ def _build(
     return Built(info, time.monotonic() - began, plan.stat().st_size, result["peak"])
 
 
+def _read_result(file: Path) -> dict[str, Any]:
+    """What the child wrote; nothing where it could not."""
+    try:
+        result: dict[str, Any] = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return result
+
+
+def _named_by_content(file: Path) -> Path:
+    """Rename a file so that another content has another name: a rebuilt plan never takes an earlier one's place."""
+    suffix = next(suffix for suffix in (PLAN, LAYERS) if file.name.endswith(suffix))
+    return file.rename(file.with_name(f"{file.name.removesuffix(suffix)}-{measure(file).sha256[:8]}{suffix}"))
+
+
 def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str]:
     """Ops of the graph's nodes, after checking that each is a plugin layer of the builder's report."""
     if not plugins:
@@ -213,8 +283,14 @@ def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str
     return {node["op"] for node in result["nodes"]}
 
 
-def _run_child(job: Path, target: Target, work: Path, graph: str, progress: Progress | None) -> int:
-    """Run the child to its end, passing its progress on; return its exit code, negative for a signal."""
+def _run_child(
+    job: Path, target: Target, work: Path, graph: str, progress: Progress | None
+) -> tuple[int, str]:
+    """Run the child to its end, passing its progress on.
+
+    Returns its exit code, negative for a signal, and what kept it from writing its result, '' where nothing did.
+    """
+    problem = ""
     with (work / f"{graph}.stderr").open("wb") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(job)],
@@ -227,13 +303,17 @@ def _run_child(job: Path, target: Target, work: Path, graph: str, progress: Prog
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
-                    if progress and line.startswith("{"):
-                        step = json.loads(line)
+                    if not line.startswith("{"):
+                        continue
+                    step = json.loads(line)
+                    if "error" in step:
+                        problem = step["error"]
+                    elif progress:
                         progress(graph, step["phase"], step["step"], step["steps"])
             except BaseException:
                 child.kill()
                 raise
-    return child.returncode
+    return child.returncode, problem
 
 
 def _environment(target: Target, work: Path) -> dict[str, str]:
@@ -281,9 +361,12 @@ def _failure(graph: str, target: Target, code: int, result: dict[str, Any], log:
 
 
 def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
-    """Move the files into the bundle, then write the manifest: in that order it is valid at any time."""
+    """Move the files into the bundle and write the manifest, which at any time lists nothing but what is there.
+
+    Plans have names of their own content. A kernel of another content under the same name, as another version of
+    Triton makes, is first taken off the manifest.
+    """
     assert manifest.folder is not None
-    files = dict(manifest.files)
     fresh = [item.info for item in built]
     keys = {(plan.graph, plan.target, plan.functions) for plan in fresh}
     kept: list[PlanInfo] = []
@@ -291,18 +374,22 @@ def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
     for plan in plans_of(manifest):
         (stale if (plan.graph, plan.target, plan.functions) in keys else kept).append(plan)
     used = {name for plan in (*kept, *fresh) for name in (plan.file, plan.layers)}
-    for plan in stale:
-        for name in {plan.file, plan.layers} - used:
-            files.pop(name, None)
+    gone = {name for plan in stale for name in (plan.file, plan.layers)} - used
     names = [name for plan in fresh for name in (plan.file, plan.layers)]
     names += [f"kernels/{path.name}" for path in sorted((work / "kernels").glob("*"))]
-    for name in names:
+    made = measure_files(work, names)
+    changed = {name for name, entry in made.items() if manifest.files.get(name, entry) != entry}
+    if changed:
+        unchanged = {name: entry for name, entry in manifest.files.items() if name not in changed}
+        dataclasses.replace(manifest, files=unchanged).save(manifest.folder)
+    for name in made:
         target = manifest.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         (work / name).replace(target)
-        files[name] = measure(target)
+    files = {name: entry for name, entry in manifest.files.items() if name not in gone} | made
     entries = tuple(plan.entry() for plan in (*kept, *fresh))
     dataclasses.replace(manifest, files=files, plans=entries).save(manifest.folder)
-    for plan in stale:
-        for name in {plan.file, plan.layers} - used:
-            (manifest.folder / name).unlink(missing_ok=True)
+    for suffix in (PLAN, LAYERS):  # those that were replaced, now or before an interruption
+        for path in manifest.folder.glob(f"trt/*/*{suffix}"):
+            if path.relative_to(manifest.folder).as_posix() not in files:
+                path.unlink()

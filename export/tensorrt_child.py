@@ -7,9 +7,11 @@ up to a file that the job names; and so does the result: {"bindings", "layers" (
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from swiftvideo.runtime.plugins.kernel import Kernel, KernelSpec
 
 DOMAIN = "swift"
 REPORT = "Layers:"
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (\w*), Inputs: (.*)$")
 _TYPE = re.compile(r"Datatype: (\w+)")
 PLUGIN_LAYERS = ("custom_layer", "PluginV3", "PLUGIN_V3")
@@ -39,13 +43,25 @@ class BuildFailure(Exception):
 def main() -> None:
     """Build the plan that the job file describes."""
     job = json.loads(Path(sys.argv[1]).read_text())
+    _die_with(job["parent"])
     try:
         result = {**build(job), "peak": _peak()}
     except Exception as error:  # noqa: BLE001  # whatever it is, the parent reports it
         layer = error.layer if isinstance(error, BuildFailure) else ""
         result = {"error": f"{type(error).__name__}: {error}", "layer": layer}
-    Path(job["result"]).write_text(json.dumps(result))
+    try:
+        Path(job["result"]).write_text(json.dumps(result))
+    except OSError as error:
+        result = {"error": result.get("error") or str(error)}
+        print(json.dumps(result), flush=True)  # the pipe needs no disk
     sys.exit("error" in result)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        sys.exit("the process that builds plans is gone")
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:

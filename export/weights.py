@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -43,6 +43,9 @@ DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT16: torch.float16,
     onnx.TensorProto.BFLOAT16: torch.bfloat16,
 }
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class WeightFile:
@@ -148,14 +151,14 @@ def _tensor(value: ir.TensorProtocol) -> Tensor:
         return torch.from_numpy(array)
 
 
-def blank(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give a module made on the meta device parameters that are not a number and take no memory, in place.
+def blank(module: M) -> M:
+    """Give a module on the meta device parameters that are not a number, in place; they take no memory.
 
     Whatever `restore` does not find stays so, and shows in everything that is computed with it.
     """
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            nothing = torch.full((), math.nan, dtype=dtype).expand(parameter.shape)
+            nothing = torch.full((), math.nan, dtype=parameter.dtype).expand(parameter.shape)
             setattr(owner, name, nn.Parameter(nothing, requires_grad=False))
     return module.eval()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from .errors import (
     SettingsError,
 )
 from .geometry import Geometry, PolicySettings
+from .plain import PlainError, UnknownKeysError, decode, encode
 
 SCHEMA = 1
 """The version of the bundle format that this package writes and reads."""
@@ -142,17 +142,14 @@ class Manifest:
                 "export the bundle again with this version, or install the version that wrote it"
             )
         data["folder"] = None
-        try:
-            manifest = _decode(cls, data, str(path))
-        except SettingsError as error:
-            raise BundleIntegrityError(f"{path}: {error}") from error
+        manifest = _decoded(cls, data, str(path))
         return dataclasses.replace(manifest, folder=folder)
 
     def save(self, folder: str | Path) -> Manifest:
         """Write manifest.json into `folder` (made if needed), in one step; return the manifest bound to it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        data = _encode(self)
+        data = encode(self)
         del data["folder"]
         text = json.dumps({"schema": data.pop("schema"), **data}, indent=1) + "\n"
         partial = folder / (MANIFEST_NAME + ".partial")
@@ -230,8 +227,18 @@ class Manifest:
 
 def settings_from(data: Any, where: str) -> PolicySettings:
     """Policy settings from the plain form that manifests have. Raises BundleError naming `where`."""
+    return _decoded(PolicySettings, data, where)
+
+
+def _decoded(cls: type[_T], data: Any, where: str) -> _T:
     try:
-        return _decode(PolicySettings, data, where)
+        return decode(cls, data, where)
+    except UnknownKeysError as error:
+        raise BundleVersionError(
+            f"{error}; the bundle was written by a newer version of swiftvideo, install that one"
+        ) from error
+    except PlainError as error:
+        raise BundleIntegrityError(f"{error}; export it again") from error
     except SettingsError as error:
         raise BundleIntegrityError(f"{where}: {error}") from error
 
@@ -288,66 +295,3 @@ def _check_name(name: str) -> None:
         or str(path) != name
     ):
         raise SettingsError(f"file name {name!r}: a plain relative path inside the bundle is needed")
-
-
-def _encode(value: Any) -> Any:
-    """Dataclasses to dictionaries and tuples to lists, all the way down."""
-    if dataclasses.is_dataclass(value):
-        return {item.name: _encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(cls: type[_T], data: Any, where: str) -> _T:
-    """A dataclass from a dictionary with exactly its fields; fields with defaults may be absent."""
-    if not isinstance(data, Mapping):
-        raise BundleIntegrityError(f"{where}: {data!r} where an object is needed")
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - set(fields)):
-        raise BundleVersionError(
-            f"{where}: unknown keys {', '.join(map(repr, unknown))}; the bundle was written by a newer version "
-            "of swiftvideo, install that one"
-        )
-    no_default = dataclasses.MISSING
-    required = {k for k, f in fields.items() if f.default is no_default and f.default_factory is no_default}
-    if missing := sorted(required - set(data)):
-        raise BundleIntegrityError(
-            f"{where}: keys {', '.join(map(repr, missing))} are missing; export it again"
-        )
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _value(hints[name], item, f"{where}: {name}") for name, item in data.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` checked against, and turned into, the type `hint`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _decode(typing.cast(type, hint), value, where)
-    if origin in (types.UnionType, typing.Union):
-        rest = [option for option in args if option is not types.NoneType]
-        return None if value is None and len(rest) < len(args) else _value(rest[0], value, where)
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple and isinstance(value, list):
-        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(hints) == len(value):
-            return tuple(
-                _value(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(zip(hints, value, strict=True))
-            )
-    elif (
-        origin is not None
-        and isinstance(origin, type)
-        and issubclass(origin, Mapping)
-        and isinstance(value, dict)
-    ):
-        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise BundleIntegrityError(f"{where} is {value!r}, which is no {hint}; export the bundle again")

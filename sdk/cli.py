@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,10 @@ Threads = Annotated[
 ]
 PolicyName = Annotated[
     str | None, typer.Option("--policy", help="swift, recache, keep or cut; the bundle's if absent.")
+]
+
+LoraAlpha = Annotated[
+    float | None, typer.Option("--lora-alpha", help="Strength of the LoRA times its rank; its own if absent.")
 ]
 
 
@@ -222,11 +227,12 @@ def export(
         Path | None, typer.Option("--backbone", help="Generator weights to use instead of transformer/.")
     ] = None,
     lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA to merge into the backbone.")] = None,
+    lora_alpha: LoraAlpha = None,
     height: Annotated[
         int | None, typer.Option("--height", help="Pixels; the checkpoint's if absent.")
     ] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels; the checkpoint's if absent.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32, fp16 or bf16; fp32 if absent.")] = None,
     full_text_encoder: Annotated[
         bool, typer.Option("--full-text-encoder", help="With --random: all of its layers, not two.")
     ] = False,
@@ -241,21 +247,28 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle (needs torch). With --target alone, add plans to the bundle at --out."""
     from .exporting import export as work
+    from .interrupts import Interrupts
 
-    work(
-        checkpoint,
-        out,
-        random=random,
-        backbone=backbone,
-        lora=lora,
-        height=height,
-        width=width,
-        dtype=dtype,
-        full_text_encoder=full_text_encoder,
-        overwrite=overwrite,
-        targets=target,
-        plugins=not no_plugins,
-    )
+    with Interrupts() as interrupts:
+        try:
+            work(
+                checkpoint,
+                out,
+                random=random,
+                backbone=backbone,
+                lora=lora,
+                lora_alpha=lora_alpha,
+                height=height,
+                width=width,
+                dtype=dtype,
+                full_text_encoder=full_text_encoder,
+                overwrite=overwrite,
+                targets=target,
+                plugins=not no_plugins,
+            )
+        except KeyboardInterrupt:
+            typer.echo("interrupted: what was not finished is removed", err=True)
+            raise typer.Exit(128 + (interrupts.received or signal.SIGINT)) from None
 
 
 @app.command()
@@ -271,6 +284,7 @@ def verify(
     lora: Annotated[
         Path | None, typer.Option("--lora", help="With --checkpoint: as given to export.")
     ] = None,
+    lora_alpha: LoraAlpha = None,
     graph: Annotated[
         list[str] | None, typer.Option("--graph", help="Compare only this one; repeat it.")
     ] = None,
@@ -285,6 +299,7 @@ def verify(
         checkpoint=checkpoint,
         backbone=backbone,
         lora=lora,
+        lora_alpha=lora_alpha,
         graphs=graph or None,
         threads=threads,
         as_json=as_json,

@@ -46,9 +46,10 @@ def export(
     random: str | None = None,
     backbone: Path | None = None,
     lora: Path | None = None,
+    lora_alpha: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     full_text_encoder: bool = False,
     overwrite: bool = False,
     targets: list[str] | None = None,
@@ -58,30 +59,55 @@ def export(
 
     targets: TensorRT plans to build too; with neither `checkpoint` nor `random`, for the bundle that `out` holds.
 
+    What can be checked without weights is checked before any are read: the destination, the size, the targets.
+
     Raises:
         UsageError: not exactly one of `checkpoint` and `random`, or options that belong to the other.
         MissingPartError: torch or another library of the `export` extra is not installed.
-        CheckpointError, SettingsError: see `swiftvideo.export`.
+        CheckpointError, SettingsError, EngineUnavailableError, BundleWriteError: see `swiftvideo.export`.
     """
     check_targets(targets or [])
+    changes = {"--backbone": backbone, "--lora": lora, "--lora-alpha": lora_alpha}
     if targets and checkpoint is None and random is None:
+        sizes = {"--height": height, "--width": width, "--dtype": dtype}
+        flags = {"--full-text-encoder": full_text_encoder or None, "--overwrite": overwrite or None}
+        if given := _given(changes | sizes | flags):
+            raise UsageError(
+                f"{given} without CHECKPOINT: --target alone adds plans to the bundle that is there, as it is; give "
+                "CHECKPOINT to export one, or leave them out"
+            )
         with needing_torch("building plans"):
             build_plans(out, targets, plugins, Console())
         return
     if (checkpoint is None) == (random is None):
         raise UsageError("give either CHECKPOINT or --random NAME, such as --random wan2.1-t2v-1.3b")
-    if random is not None and (backbone or lora):
-        raise UsageError("--backbone and --lora change a checkpoint: leave them out with --random")
+    if random is not None and (given := _given(changes)):
+        raise UsageError(f"{given} with --random: they change a checkpoint, leave them out")
     if random is None and full_text_encoder:
         raise UsageError("--full-text-encoder is for --random: a checkpoint's text encoder is always whole")
+    if lora is None and lora_alpha is not None:
+        raise UsageError("--lora-alpha without --lora: give the adapter too, or leave it out")
+    if not plugins and not targets:
+        raise UsageError("--no-plugins without --target: it is about plans, leave it out")
+    dtype = "fp32" if dtype is None else dtype
     with needing_torch("exporting"):
         from swiftvideo.export.bundle import DTYPES, export_bundle
-        from swiftvideo.export.checkpoint import load_checkpoint
-        from swiftvideo.export.random import random_checkpoint
+        from swiftvideo.export.checkpoint import load_checkpoint, read_outline
+        from swiftvideo.export.destination import check_destination
+        from swiftvideo.export.random import random_checkpoint, random_outline
+        from swiftvideo.export.tensorrt import check_buildable
 
         names: dict[str, Any] = dict(DTYPES.items())
         if dtype not in names:
             raise UsageError(f"--dtype is {dtype!r}: use {', '.join(names)}")
+        check_destination(out, overwrite)
+        if random is not None:
+            outline = random_outline(random)
+        elif checkpoint is not None:
+            outline = read_outline(checkpoint)
+        head_dim = outline.geometry(height, width).head_dim
+        for target in targets or []:
+            check_buildable(target, dtype, head_dim)
         with _bar() as bar:
             task = bar.add_task(
                 "reading the checkpoint" if random is None else "making random weights", total=None
@@ -89,7 +115,9 @@ def export(
             if random is not None:
                 source = random_checkpoint(random, dtype=names[dtype], full_text_encoder=full_text_encoder)
             elif checkpoint is not None:
-                source = load_checkpoint(checkpoint, backbone=backbone, lora=lora, dtype=names[dtype])
+                source = load_checkpoint(
+                    checkpoint, backbone=backbone, lora=lora, lora_alpha=lora_alpha, dtype=names[dtype]
+                )
 
             def advance(graph: str, done: int, total: int) -> None:
                 bar.update(task, description=f"{done}/{total} graphs, {graph}", completed=done, total=total)
@@ -115,6 +143,7 @@ def verify(
     checkpoint: Path | None = None,
     backbone: Path | None = None,
     lora: Path | None = None,
+    lora_alpha: float | None = None,
     graphs: list[str] | None = None,
     threads: int | None = None,
     as_json: bool = False,
@@ -123,14 +152,13 @@ def verify(
 
     Raises:
         MismatchError: an error exceeds its tolerance; the table was printed.
-        UsageError: `backbone` or `lora` without `checkpoint`.
+        UsageError: `backbone`, `lora` or `lora_alpha` without `checkpoint`.
         MissingPartError: torch or another library of the `export` extra is not installed.
         BundleError, EngineUnavailableError, SettingsError: see `swiftvideo.export.verify.verify_bundle`.
     """
-    if checkpoint is None and (backbone or lora):
-        raise UsageError(
-            "--backbone and --lora change a checkpoint: give --checkpoint too, or leave them out"
-        )
+    given = _given({"--backbone": backbone, "--lora": lora, "--lora-alpha": lora_alpha})
+    if checkpoint is None and given:
+        raise UsageError(f"{given} without --checkpoint: they change one, give it too, or leave them out")
     with needing_torch("verifying"):
         from swiftvideo.export.bundle import DTYPES
         from swiftvideo.export.checkpoint import load_checkpoint
@@ -143,7 +171,9 @@ def verify(
             source = (
                 None
                 if checkpoint is None
-                else load_checkpoint(checkpoint, backbone=backbone, lora=lora, dtype=dtype)
+                else load_checkpoint(
+                    checkpoint, backbone=backbone, lora=lora, lora_alpha=lora_alpha, dtype=dtype
+                )
             )
 
             def advance(graph: str, done: int, total: int) -> None:
@@ -161,6 +191,11 @@ def verify(
             f"their tolerance, most of all {worst.output} of {worst.graph} ({worst.case}) on {worst.engine}: "
             f"{worst.error:.2g}, allowed {worst.tolerance:.2g}. Export the bundle again; if it stays, report it"
         )
+
+
+def _given(options: dict[str, Any]) -> str:
+    """Names of the options that were given, for messages."""
+    return ", ".join(name for name, value in options.items() if value is not None)
 
 
 def _show(report: Any, console: Console) -> None:

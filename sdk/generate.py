@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from swiftvideo.runtime import Chunk, Pipeline
 
 from . import sheet
+from .interrupts import Interrupts
 from .output import check_output
 from .story import Shot, Story, schedule, video_frames
 from .video import VideoWriter
@@ -99,49 +97,6 @@ class Report:
         }
 
 
-class _Interrupts:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, but never in the middle of a write.
-
-    Outside the main thread signals cannot be caught; there it does nothing.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._shielded = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._old = {
-                number: signal.signal(number, self._handle)
-                for number in self.SIGNALS
-                if signal.getsignal(number) is not signal.SIG_IGN  # as a shell's background jobs have it
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        if not self._shielded:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def shield(self, last: bool = False) -> Iterator[None]:
-        """Hold signals back inside; one that came meanwhile is raised at the end, unless this is the `last` work."""
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self.received and not last:
-            raise KeyboardInterrupt
-
-
 def generate(
     pipeline: Pipeline,
     story: Story,
@@ -165,7 +120,7 @@ def generate(
     geometry = pipeline.geometry
     shots = schedule(story, geometry)
     sheet_path = None if contact_sheet is None else check_output(contact_sheet, (".png",))
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         writer: VideoWriter | None = None
         rows = [sheet.Row(shot.cue.prompt, f"from {shot.first_frame / geometry.fps:.2f} s") for shot in shots]
         try:

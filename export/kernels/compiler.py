@@ -85,7 +85,7 @@ def compile_kernel(
     Raises SettingsError for an unknown op, capability or dtype, a head width that is no multiple of 8 up to 128, and
     tiles that need more shared memory than the capability has.
     """
-    _check(op, capability, dtype, head_dim)
+    check_kernel(op, capability, dtype, head_dim)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -147,7 +147,8 @@ def compile_all(capability: int, dtype: str, head_dim: int) -> dict[str, Kernel]
     return {op: compile_kernel(op, capability, dtype, head_dim).kernel for op in OPS}
 
 
-def _check(op: str, capability: int, dtype: str, head_dim: int) -> None:
+def check_kernel(op: str, capability: int, dtype: str, head_dim: int) -> None:
+    """Whether `compile_kernel` can make a kernel; raises its SettingsError where not."""
     if op not in OPS:
         raise SettingsError(f"no kernel {op!r}: there are {', '.join(OPS)}")
     if capability not in CAPABILITIES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +26,12 @@ class Schedule:
     """t of the context pass."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise SettingsError(f"shift is {self.shift}: it must be positive")
+        if not 0 < self.shift < math.inf:
+            raise SettingsError(f"shift is {self.shift}: it must be positive and finite")
+        if not 0 <= self.context_noise <= TRAINING_STEPS:
+            raise SettingsError(
+                f"context_noise is {self.context_noise}: a time of 0..{TRAINING_STEPS} is needed"
+            )
         if not self.indices or any(not 0 < index <= TRAINING_STEPS for index in self.indices):
             raise SettingsError(
                 f"denoising indices are {list(self.indices)}: each must be in 1..{TRAINING_STEPS}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,11 +13,33 @@ class TextEncoder(nn.Module):
     """Token ids to embeddings that are exact zeros where the mask is zero.
 
     encoder: a `transformers.UMT5EncoderModel`. Padding is masked inside, so it never changes a real token.
+
+    In float16 the modules that transformers keeps in float32 stay so, and with them the residual stream: with trained
+    weights it does not fit into float16.
     """
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder.eval()
+        if encoder.dtype == torch.float16:
+            self.half()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
+        wide = set(self.encoder._keep_in_fp32_modules or ())
+        kept = {
+            id(value)
+            for name, value in self.encoder.named_parameters()
+            if not wide.isdisjoint(name.split("."))
+        }
+
+        def convert(value: Tensor) -> Tensor:
+            made = fn(value)
+            if id(value) not in kept or made.dtype != torch.float16:
+                return made
+            return value.to(made.device, torch.float32)
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def text_dim(self) -> int:

@@ -13,6 +13,7 @@ Latents are [B,F,C,h,w] as the backbone makes them: normalised per channel. Cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,10 +53,18 @@ class StreamingDecoder(nn.Module):
                 f"this VAE has is_residual={config.is_residual} and patch_size={config.patch_size}: "
                 "only the Wan 2.1 decoder is supported (is_residual false, no patch_size); use its VAE"
             )
-        if len(mean) != config.z_dim or len(std) != config.z_dim or min(std) <= 0:
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            numbers = isinstance(values, list | tuple) and all(
+                isinstance(value, int | float) for value in values
+            )
+            if not numbers or len(values) != config.z_dim:
+                raise CheckpointError(
+                    f"{name} is {values!r}: the VAE needs {config.z_dim} numbers; correct its config.json or model.json"
+                )
+        if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
             raise CheckpointError(
-                f"latents_mean has {len(mean)} values and latents_std {len(std)}: the VAE needs {config.z_dim} of "
-                "each, the latter positive; correct its config.json or model.json"
+                f"latents_mean is {mean!r} and latents_std {std!r}: finite numbers are needed, the latter positive; "
+                "correct its config.json or model.json"
             )
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder.eval()

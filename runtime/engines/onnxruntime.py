@@ -54,7 +54,7 @@ class OnnxRuntimeEngine:
         if manifest.dtype not in DTYPES:
             raise EngineUnavailableError(
                 f"the bundle is {manifest.dtype}, which ONNX Runtime does not compute on a CPU: "
-                "export it with --dtype fp32, or use the TensorRT engine on a GPU"
+                "use --engine torch, the TensorRT engine on a GPU, or export it with --dtype fp32"
             )
         most = MOST_THREADS * usable_cores()
         if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= most):

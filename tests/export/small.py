@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from swiftvideo.export.bundle import export_bundle
-from swiftvideo.export.checkpoint import Checkpoint, ModelInfo
+from swiftvideo.export.checkpoint import Checkpoint
+from swiftvideo.export.model_info import ModelInfo
 from swiftvideo.export.models.backbone import BackboneConfig, CausalWanModel
 from swiftvideo.export.models.text import TextEncoder
 from swiftvideo.export.models.vae import StreamingDecoder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from swiftvideo.export import bundle
 from swiftvideo.export.bundle import GRAPH_COUNT, export_bundle
+from swiftvideo.export.destination import BundleWriteError
 from swiftvideo.export.graphs import Graph
 from swiftvideo.export.weights import WeightFile
 from swiftvideo.runtime import load
 from swiftvideo.runtime.errors import SettingsError
-from swiftvideo.runtime.manifest import GRAPHS, Manifest
+from swiftvideo.runtime.manifest import GRAPHS, FileEntry, Manifest
 
 from . import small
 
@@ -58,7 +61,8 @@ def test_what_is_in_it(small_bundle: Path) -> None:
     assert (manifest.geometry.height, manifest.geometry.width) == (small.HEIGHT, small.WIDTH)
     assert manifest.policy == checkpoint.info.policy
     assert manifest.schedule.timesteps == tuple(checkpoint.schedule.steps.tolist())
-    assert (manifest.source.kind, manifest.source.sha256) == ("small", checkpoint.sha256)
+    assert manifest.source.sha256 == checkpoint.sha256
+    assert re.fullmatch(r"small; swiftvideo [\d.]+\S*, torch [\d.]+\S*", manifest.source.kind)
     assert manifest.text_encoder == "1 layers of width 16, 50 tokens"
     assert (small_bundle / "tokenizer.json").read_bytes() == checkpoint.tokenizer
 
@@ -120,21 +124,39 @@ def test_overwriting(stub: Stub, tmp_path: Path) -> None:
     export_bundle(small.checkpoint(), out)  # an empty folder is as good as none
     with pytest.raises(SettingsError, match="--overwrite"):
         export_bundle(small.checkpoint(), out)
-    (out / "onnx" / "old.plan").write_bytes(b"x")
     manifest = export_bundle(small.checkpoint(), out, overwrite=True, height=16, width=8)
-    assert "onnx/old.plan" not in names(out)
     assert (manifest.geometry.height, manifest.geometry.width) == (16, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_only_a_bundle_is_overwritten(stub: Stub, tmp_path: Path) -> None:
+def test_what_cannot_be_overwritten_is_said_before_any_graph(stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SettingsError, match="holds no bundle"):
         export_bundle(small.checkpoint(), tmp_path, overwrite=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError):
-        export_bundle(small.checkpoint(), tmp_path / "file", overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert stub.devices == {}
+
+
+def test_what_could_not_be_opened_replaces_nothing(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_bundle(small.checkpoint(), tmp_path / "b")
+    before = (tmp_path / "b" / "manifest.json").read_bytes()
+    monkeypatch.setattr(bundle, "measure_files", lambda work: {"../b": FileEntry("0" * 64, 1)})
+    with pytest.raises(SettingsError, match="plain relative path"):
+        export_bundle(small.checkpoint(), tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "manifest.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_full_disk_is_said_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(bundle, "export_graph", Stub("denoise", full))
+    with pytest.raises(
+        BundleWriteError, match=rf"{tmp_path / 'b'} cannot be .*No space left.*free some space"
+    ):
+        export_bundle(small.checkpoint(), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", [{"dtype": "int8"}, {"height": 9}, {"width": 2, "height": 8}])

@@ -6,48 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import save_file
-from torch import Tensor
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from swiftvideo.export.checkpoint import load_backbone, load_checkpoint
-from swiftvideo.export.checkpoint_naming import from_diffusers, merge_lora, to_diffusers
-from swiftvideo.export.models.backbone import BackboneConfig, CausalWanModel
-from swiftvideo.runtime.errors import CheckpointError
+from swiftvideo.export.checkpoint import load_backbone, load_checkpoint, read_outline
+from swiftvideo.export.checkpoint_naming import from_diffusers, to_diffusers
+from swiftvideo.export.models.backbone import CausalWanModel
+from swiftvideo.export.random import word_tokenizer
+from swiftvideo.runtime.errors import CheckpointError, SettingsError
 
-State = dict[str, Tensor]
-
-CONFIG = BackboneConfig(
-    dim=36,
-    ffn_dim=40,
-    num_heads=3,
-    num_layers=2,
-    text_dim=24,
-    text_len=8,
-    in_channels=4,
-    out_channels=4,
-    freq_dim=16,
-)
-WAN_JSON = {
-    "_class_name": "WanModel",
-    "dim": 36,
-    "ffn_dim": 40,
-    "num_heads": 3,
-    "num_layers": 2,
-    "text_dim": 24,
-    "text_len": 8,
-    "in_dim": 4,
-    "out_dim": 4,
-    "freq_dim": 16,
-}
+from .wan import CONFIG, WAN_JSON, State, diffusers_model, prefixed, random_state
 
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Random weights under original Wan names."""
-    torch.manual_seed(0)
-    return {key: torch.randn_like(value) for key, value in CausalWanModel(CONFIG).state_dict().items()}
+    return random_state()
 
 
 def same(model: CausalWanModel, expected: State) -> None:
@@ -56,23 +30,6 @@ def same(model: CausalWanModel, expected: State) -> None:
     for key, value in expected.items():
         assert torch.equal(loaded[key], value), key
     assert not model.training and not any(weight.requires_grad for weight in model.parameters())
-
-
-def diffusers_model() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        num_attention_heads=3,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=40,
-        num_layers=2,
-    )
-
-
-def prefixed(state: State, prefix: str) -> State:
-    return {prefix + key: value for key, value in state.items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "model._fsdp_wrapped_module."])
@@ -153,109 +110,6 @@ def test_dtype_is_converted_or_kept(state: State, tmp_path: Path) -> None:
     same(load_backbone(tmp_path, CONFIG), {key: value.float() for key, value in half.items()})
 
 
-def lora_of(state: State, rank: int) -> State:
-    """Adapter over every matrix of the blocks, under original Wan names without prefix."""
-    adapter = {}
-    for key, value in state.items():
-        if key.startswith("blocks.") and value.ndim == 2:
-            module = key.removesuffix(".weight")
-            adapter[f"{module}.lora_A.weight"] = torch.randn(rank, value.shape[1])
-            adapter[f"{module}.lora_B.weight"] = torch.randn(value.shape[0], rank)
-    return adapter
-
-
-def merged_by_hand(state: State, adapter: State, scale: float) -> State:
-    merged = dict(state)
-    for key in state:
-        module = key.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in adapter:
-            a, b = adapter[f"{module}.lora_A.weight"].double(), adapter[f"{module}.lora_B.weight"].double()
-            merged[key] = (state[key].double() + scale * b @ a).float()
-    return merged
-
-
-def near(model: CausalWanModel, expected: State) -> None:
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [4, 256])
-@pytest.mark.parametrize("name", ["", ".default"])
-def test_lora_in_both_spellings_and_namings(state: State, tmp_path: Path, rank: int, name: str) -> None:
-    torch.manual_seed(1)
-    adapter = lora_of(state, rank)
-    save_file(state, tmp_path / "base.safetensors")
-    ours = {
-        "base_model.model." + key.replace(".weight", f"{name}.weight"): value
-        for key, value in adapter.items()
-    }
-    torch.save({"generator_lora": ours, "step": 3}, tmp_path / "ours.pt")
-    theirs = {}
-    for key, value in adapter.items():
-        module, half = key.removesuffix(".weight").rsplit(".", 1)
-        theirs[f"base_model.model.model.{to_diffusers(module)}.{half}{name}.weight"] = value
-    save_file(theirs, tmp_path / "theirs.safetensors")
-    for file in ("ours.pt", "theirs.safetensors"):
-        plain = load_backbone(tmp_path / "base.safetensors", CONFIG, lora=tmp_path / file)
-        near(plain, merged_by_hand(state, adapter, 1.0))
-        double = load_backbone(
-            tmp_path / "base.safetensors", CONFIG, lora=tmp_path / file, lora_alpha=2.0 * rank
-        )
-        near(double, merged_by_hand(state, adapter, 2.0))
-
-
-def test_lora_merge_is_that_of_peft(state: State, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = CausalWanModel(CONFIG)
-    base.load_state_dict(state)
-    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"])
-    wrapped = peft.get_peft_model(base, settings)
-    torch.manual_seed(2)
-    for key, weight in wrapped.named_parameters():
-        if "lora_" in key:
-            torch.nn.init.normal_(weight)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    save_file(state, tmp_path / "base.safetensors")
-    ours = load_backbone(tmp_path / "base.safetensors", CONFIG, lora=tmp_path / "adapter")
-    near(ours, wrapped.merge_and_unload().state_dict())
-    assert not torch.equal(ours.state_dict()["blocks.0.ffn.0.weight"], state["blocks.0.ffn.0.weight"])
-
-
-def test_alpha_tensors_and_rank_stabilised_scale(state: State) -> None:
-    adapter = lora_of(state, 4)
-    key = "blocks.1.self_attn.q"
-    with_alpha = {**adapter, f"{key}.alpha": torch.tensor(8.0)}
-    expected = merged_by_hand(state, adapter, 2.0)[f"{key}.weight"]
-    torch.testing.assert_close(merge_lora(state, with_alpha, "x")[f"{key}.weight"], expected)
-    stabilised = merge_lora(state, adapter, "x", alpha=6.0, config={"use_rslora": True})[f"{key}.weight"]
-    torch.testing.assert_close(stabilised, merged_by_hand(state, adapter, 3.0)[f"{key}.weight"])
-
-
-def test_wrong_adapters_are_refused(state: State) -> None:
-    adapter = lora_of(state, 4)
-    a, b = "blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.q.lora_B.weight"
-    without = {key: value for key, value in adapter.items() if key != b}
-    cases: dict[str, State] = {
-        "1 modules lack lora_A or lora_B: blocks.0.self_attn.q": without,
-        "not in the backbone: blocks.9.self_attn.q": {
-            "blocks.9.self_attn.q.lora_A.weight": adapter[a],
-            **adapter,
-        },
-        r"blocks.0.self_attn.q is \(36, 36\), but lora_A is \(4, 35\)": {**adapter, a: torch.zeros(4, 35)},
-        "unknown keys: blocks.0.self_attn.q.lora_magnitude_vector": {
-            **adapter,
-            "blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(36),
-        },
-        "it is empty": {},
-        "2 adapters": {**adapter, "blocks.0.self_attn.q.lora_A.other.weight": adapter[a]},
-    }
-    for message, wrong in cases.items():
-        with pytest.raises(CheckpointError, match=message):
-            merge_lora(state, wrong, "adapter")
-    with pytest.raises(CheckpointError, match="use_dora"):
-        merge_lora(state, adapter, "adapter", config={"use_dora": True})
-
-
 def test_missing_surplus_and_wrong_shapes_are_listed(state: State, tmp_path: Path) -> None:
     wrong = {key: value for key, value in state.items() if "blocks.1.cross_attn" not in key}
     wrong["img_emb.proj.0.weight"] = torch.zeros(3)
@@ -321,7 +175,9 @@ class Attack:
 
 def test_a_torch_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     torch.save({"generator": Attack(tmp_path / "ran")}, tmp_path / "attack.pt")
-    with pytest.raises(CheckpointError, match="would run code"):
+    with pytest.raises(
+        CheckpointError, match=r"^.*attack\.pt would run code when read: it names \S+; [^\n]*$"
+    ):
         load_backbone(tmp_path / "attack.pt", CONFIG)
     assert not (tmp_path / "ran").exists()
 
@@ -333,6 +189,112 @@ def test_a_shard_outside_the_folder_is_refused(state: State, tmp_path: Path) -> 
     (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="beside it"):
         load_backbone(tmp_path / "x", CONFIG)
+
+
+def test_containers_of_other_trainings(state: State, tmp_path: Path) -> None:
+    other = {key: value + 1 for key, value in state.items()}
+    path = tmp_path / "weights.pt"
+
+    def saved(content: dict[str, Any]) -> Path:
+        torch.save(content, path)
+        return path
+
+    same(load_backbone(saved({"model": state, "step": torch.tensor(3)}), CONFIG), state)
+    for name in ("ema", "model_ema"):
+        same(load_backbone(saved({name: state, "decay": torch.tensor(0.9)}), CONFIG), state)
+        both = saved({"model": other, name: state})
+        same(load_backbone(both, CONFIG), state)
+        same(load_backbone(both, CONFIG, ema=False), other)
+    noted = {"model": state, "ema": {"decay": 0.99}}
+    same(load_backbone(saved(noted), CONFIG), state)
+    with pytest.raises(CheckpointError, match="averaged weights in model_ema, ema; keep one"):
+        load_backbone(saved({"ema": state, "model_ema": other}), CONFIG)
+    with pytest.raises(CheckpointError, match="no generator, only ema"):
+        load_backbone(saved({"ema": state}), CONFIG, ema=False)
+
+
+def test_what_downloads_leave_in_the_place_of_weights(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n"
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"weights{suffix}"
+        for content, match in (
+            (pointer, "git-lfs pointer.*git lfs pull"),
+            (b"\n<!DOCTYPE html>", "is a web page"),
+        ):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match=match):
+                load_backbone(path, CONFIG)
+
+
+def test_the_canonical_name_counts_beside_a_variant(state: State, folder: Path, tmp_path: Path) -> None:
+    half = {key: value.half() + 1 for key, value in state.items()}
+    save_file(half, folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
+    (folder / "text_encoder" / "model.fp16.safetensors.index.json").write_bytes(b"not read")
+    same(load_checkpoint(folder).backbone, state)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "transformer" / "x.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="name the file itself"):
+        load_checkpoint(folder)
+
+
+PARTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_no_numbers_are_refused(folder: Path, part: str) -> None:
+    file = folder / PARTS[part]
+    good = load_file(file)
+    name = next(key for key, value in good.items() if value.ndim == 2 or part == "vae")
+
+    def refused(value: torch.Tensor, match: str, **options: Any) -> None:
+        save_file({**good, name: value.contiguous()}, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=match):
+            load_checkpoint(folder, **options)
+
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        value = good[name].clone()
+        value.view(-1)[1] = bad
+        refused(value, "has values that are not finite in torch.float32; copy the file again")
+    value = good[name].clone()
+    value.view(-1)[1] = 1e9
+    refused(value, "not finite in torch.float16; use bf16 or fp32", dtype=torch.float16)
+    refused(good[name].to(torch.int8), "and quantised weights are not supported; use the fp32 or bf16 file")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_cut_short_is_said(folder: Path, part: str) -> None:
+    file = folder / PARTS[part]
+    for size in (0, 10, file.stat().st_size // 2):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(CheckpointError, match=f"{file.name} cannot be read; it may be cut short"):
+            load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("vae", {"latents_std": None}),
+        ("vae", {"latents_mean": [0.0] * 3 + ["x"]}),
+        ("vae", {"latents_std": [1.0, 1.0, 1.0, float("nan")]}),
+        ("vae", {"dim_mult": "x"}),
+        ("vae", {"z_dim": None}),
+        ("text_encoder", {"d_kv": None}),
+        ("text_encoder", {"num_layers": "x"}),
+        ("transformer", {"num_attention_heads": None, "attention_head_dim": 3}),
+    ],
+)
+def test_odd_settings_of_a_part_are_said(folder: Path, part: str, change: dict[str, Any]) -> None:
+    (folder / "model.json").write_text(json.dumps({"text_len": 8}))
+    config = folder / part / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"config\.json|latents_"):
+        load_checkpoint(folder)
 
 
 @pytest.fixture
@@ -355,7 +317,7 @@ def folder(state: State, tmp_path: Path) -> Path:
     UMT5EncoderModel(
         UMT5Config(vocab_size=9, d_model=24, d_kv=8, num_heads=3, d_ff=32, num_layers=1)
     ).save_pretrained(root / "text_encoder")
-    (root / "tokenizer.json").write_text("{}")
+    (root / "tokenizer.json").write_bytes(word_tokenizer(6))
     info = {
         "name": "tiny",
         "height": 16,
@@ -373,8 +335,8 @@ def folder(state: State, tmp_path: Path) -> Path:
 def test_a_whole_folder(state: State, folder: Path) -> None:
     checkpoint = load_checkpoint(folder)
     same(checkpoint.backbone, state)
-    assert checkpoint.kind == "original Wan naming"
-    assert checkpoint.tokenizer == b"{}"
+    assert checkpoint.kind == "original Wan naming, diffusion_pytorch_model.safetensors"
+    assert checkpoint.tokenizer == word_tokenizer(6)
     assert checkpoint.latents_mean.tolist() == [0.0] * 4 and checkpoint.latents_std.tolist() == [2.0] * 4
     assert checkpoint.info.policy.window.min_size == 5
     assert len(checkpoint.schedule.steps) == 2
@@ -383,7 +345,7 @@ def test_a_whole_folder(state: State, folder: Path) -> None:
     assert (geometry.temporal_stride, geometry.spatial_stride, geometry.text_dim) == (2, 2, 24)
     assert checkpoint.geometry(32, 32).latent_width == 16
     assert load_checkpoint(folder).sha256 == checkpoint.sha256
-    (folder / "tokenizer.json").write_text("{ }")
+    (folder / "tokenizer.json").write_bytes(word_tokenizer(5))
     assert load_checkpoint(folder).sha256 != checkpoint.sha256
 
 
@@ -404,6 +366,27 @@ def test_a_folder_of_diffusers_without_model_json(state: State, folder: Path) ->
     assert checkpoint.info.name == "checkpoint" and checkpoint.info.steps == (1000, 750, 500, 250)
 
 
+def test_a_model_without_a_name_has_its_folders(folder: Path) -> None:
+    info = json.loads((folder / "model.json").read_text())
+    del info["name"]
+    (folder / "model.json").write_text(json.dumps(info))
+    named = folder.rename(folder.with_name("my model/é".replace("/", ":")))
+    assert load_checkpoint(named).info.name == "my_model_é"
+
+
+def test_the_outline_reads_no_weights(folder: Path) -> None:
+    expected = load_checkpoint(folder).geometry(32, 32)
+    for file in PARTS.values():
+        (folder / file).unlink()
+    outline = read_outline(folder)
+    assert outline.geometry(32, 32) == expected
+    for size in (0, -4, 34, 33):  # 34: of the VAE's stride, not of the patch
+        with pytest.raises(
+            SettingsError, match=f"height is {size} pixels: a positive multiple of 4 is needed"
+        ):
+            outline.geometry(size)
+
+
 def test_incomplete_or_contradictory_folders_are_refused(folder: Path) -> None:
     def refused(match: str) -> None:
         with pytest.raises(CheckpointError, match=match):
@@ -411,12 +394,23 @@ def test_incomplete_or_contradictory_folders_are_refused(folder: Path) -> None:
 
     info = json.loads((folder / "model.json").read_text())
     for change, match in (
-        ({"tempo": 3}, "unknown keys tempo"),
-        ({"policy": {"windw": 3}}, "unknown keys windw"),
+        ({"tempo": 3}, r"model\.json: unknown keys 'tempo'; known are chunk, "),
+        ({"policy": {"windw": 3}}, r"model\.json: policy: unknown keys 'windw'"),
         ({"policy": {"policy": "none"}}, "policy is 'none'"),
         ({"steps": [0]}, "denoising indices"),
         ({"text_len": 9}, "text_len is 9"),
-        ({"latents_mean": [0.0]}, "latents_mean has 1"),
+        ({"steps": [1000, 500.5]}, r"steps\[1\] is 500\.5, which is no <class 'int'>"),
+        ({"steps": 4}, "steps is 4"),
+        ({"fps": "12"}, "fps is '12'"),
+        ({"height": True}, "height is True"),
+        ({"shift": float("nan")}, "shift is nan"),
+        ({"context_noise": -1.0}, "context_noise is -1.0"),
+        ({"shift": 10**400}, "shift is 1000"),
+        ({"context_noise": 1001}, "context_noise is 1001"),
+        ({"name": " "}, "name is ' '"),
+        ({"name": "a\nb"}, "printable characters"),
+        ({"max_anchors": 3}, "policy.anchors.max is 4 and max_anchors is 3"),
+        ({"latents_mean": [0.0]}, r"latents_mean is \(0\.0,\): the VAE needs 4 numbers"),
     ):
         (folder / "model.json").write_text(json.dumps({**info, **change}))
         refused(match)
@@ -425,6 +419,13 @@ def test_incomplete_or_contradictory_folders_are_refused(folder: Path) -> None:
     (folder / "vae" / "config.json").write_text(json.dumps({**vae, "num_res_blocks": 2}))
     refused("vae.*missing")
     (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    for tokenizer, match in (
+        (b"{}", "no tokenizer that can be used"),
+        (word_tokenizer(7), "has the token 9, and"),
+    ):
+        (folder / "tokenizer.json").write_bytes(tokenizer)
+        refused(match)
+    (folder / "tokenizer.json").write_bytes(word_tokenizer(6))
     (folder / "text_encoder" / "config.json").unlink()
     refused(r"text_encoder.config\.json is missing")
     (folder / "tokenizer.json").unlink()

@@ -119,7 +119,7 @@ def test_recorded_weights_are_the_checkpoints(small_bundle: Path, name: str) -> 
     if name == "denoise":
         assert len(recorded) >= 2 * 20 + 6  # all of the two blocks but the cross-attention's keys and values
     try:
-        blank(fresh.module, torch.float32)
+        blank(fresh.module)
         restore(
             fresh.module, model, name, lambda file: memoryview((small_bundle / "onnx" / file).read_bytes())
         )

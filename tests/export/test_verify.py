@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from swiftvideo.export import verify
+from swiftvideo.export.bundle import export_bundle
 from swiftvideo.export.verify import verify_bundle
 from swiftvideo.export.weights import WEIGHTS_KEY
 from swiftvideo.runtime.errors import (
@@ -69,6 +70,24 @@ def test_a_good_bundle(small_bundle: Path) -> None:
     steps = {check.case.split(",")[0] for check in report.checks if check.graph == "denoise"}
     assert {"step 0", "step 1", "step 2", "step 3", "context pass", "recache of 12 frames"} <= steps
     assert json.loads(json.dumps(report.as_json()))["passed"] is True
+
+
+def test_a_float16_text_encoder_is_compared_with_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its feed-forward parts give more than float16 holds; a reference in float16 would overflow as a graph does."""
+    source = small.checkpoint()
+    for name, weight in source.text_encoder.named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(1e6)
+    export_bundle(source, tmp_path / "b", dtype="fp16")
+    report = verify_bundle(tmp_path / "b", graphs=["text_encoder"], threads=1)
+    assert report.failures == [] and {check.engine for check in report.checks} == {"onnxruntime"}
+    run = verify.OnnxRuntimeRunner.run
+    monkeypatch.setattr(
+        verify.OnnxRuntimeRunner, "run", lambda *args: [value * torch.inf for value in run(*args)]
+    )
+    assert verify_bundle(tmp_path / "b", graphs=["text_encoder"], threads=1).failures
 
 
 def test_against_the_checkpoint(small_bundle: Path) -> None:

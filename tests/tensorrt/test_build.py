@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
+import functools
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +20,9 @@ import pytest
 from rich.console import Console
 
 from swiftvideo.export import tensorrt as builder
+from swiftvideo.export.destination import BundleWriteError
 from swiftvideo.export.onnx_ops import DOMAIN
-from swiftvideo.export.tensorrt import PlanBuildError, build_plans
+from swiftvideo.export.tensorrt import PlanBuildError, build_plans, check_buildable
 from swiftvideo.export.tensorrt_child import parse_inspection, parse_report
 from swiftvideo.runtime.engines import cuda
 from swiftvideo.runtime.errors import (
@@ -143,8 +151,6 @@ def test_a_failed_build_names_graph_and_layer_and_leaves_the_bundle(small: Path)
     model.graph.output.append(onnx.helper.make_tensor_value_info("twice", onnx.TensorProto.UINT8, None))
     onnx.save(model, path)
     manifest = Manifest.load(small)
-    import dataclasses
-
     dataclasses.replace(manifest, files=measure_files(small)).save(small)
     before = measure_files(small)
     with pytest.raises(
@@ -185,6 +191,122 @@ def test_a_lost_plugin_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(PlanBuildError, match=r"no plugin layer for swift\.SemanticInjection"):
         build_plans(small, "rtx:sm89", graphs=["inject"])
     assert unchanged(small, before)
+
+
+def test_an_interrupted_rebuild_leaves_a_valid_bundle(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at each step of adding the plan, also where it and a kernel are of other bytes than before."""
+    build_plans(small, "rtx:sm89", graphs=["inject"])
+    make = builder.compile_kernel
+
+    def recompiled(*arguments: Any) -> Any:
+        made = make(*arguments)
+        kernel = dataclasses.replace(
+            made.kernel, spec=dataclasses.replace(made.kernel.spec, compiler="another")
+        )
+        return dataclasses.replace(made, kernel=kernel)
+
+    monkeypatch.setattr(builder, "compile_kernel", recompiled)
+    for step in range(1, 40):
+        steps = 0
+
+        def stop(path: Path, *arguments: Any, real: Any, at: int = step, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == at:
+                raise KeyboardInterrupt
+            return real(path, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink"):
+                real = getattr(Path, name)
+                patch.setattr(Path, name, functools.partialmethod(stop, real=real))
+            try:
+                build_plans(small, "rtx:sm89", graphs=["inject"])
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        Manifest.load(small).verify_all()
+        if done:
+            break
+    assert done and step > 5
+    assert len(plans_of(Manifest.load(small))) == 1
+    assert set(Manifest.load(small).files) == set(measure_files(small))
+
+
+def test_a_result_that_could_not_be_written_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builder.json.dumps
+
+    def elsewhere(value: Any, **options: Any) -> str:
+        if "result" in value:
+            value = value | {"result": str(small / "absent" / "result.json")}
+        return real(value, **options)
+
+    before = measure_files(small)
+    monkeypatch.setattr(
+        builder, "json", type("Json", (), {"loads": json.loads, "dumps": staticmethod(elsewhere)})
+    )
+    with pytest.raises(
+        PlanBuildError, match=r"no plan of inject for rtx:sm89: .*No such file.*absent/result.json"
+    ):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert unchanged(small, before)
+
+
+def test_an_empty_result_is_a_failed_build(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def emptied(job: Path, *arguments: Any) -> tuple[int, str]:
+        Path(json.loads(job.read_text())["result"]).touch()
+        return 1, ""
+
+    before = measure_files(small)
+    monkeypatch.setattr(builder, "_run_child", emptied)
+    with pytest.raises(PlanBuildError, match="no plan of inject for rtx:sm89: exit code 1"):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert unchanged(small, before)
+
+
+def test_a_full_disk_is_said_with_the_bundle(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = measure_files(small)
+    monkeypatch.setattr(builder, "_build", full)
+    with pytest.raises(
+        BundleWriteError, match=f"{small} cannot be written: .*No space left.*free some space"
+    ):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert unchanged(small, before)
+
+
+def test_plans_are_added_by_one_process_at_a_time_which_cleans_up(small: Path) -> None:
+    (small / ".plans-killed" / "trt").mkdir(parents=True)
+    handle = os.open(small, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(PlanBuildError, match=f"another process adds plans to {small}: wait"):
+            build_plans(small, "rtx:sm89", graphs=["inject"])
+        assert (small / ".plans-killed").is_dir()
+    finally:
+        os.close(handle)
+    build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert not list(small.glob(".plans-*"))
+
+
+def test_a_builder_dies_with_its_parent() -> None:
+    child = (
+        "import os, time; from swiftvideo.export.tensorrt_child import _die_with; _die_with(os.getppid()); "
+    )
+    child += "print('ready', flush=True); time.sleep(20); print('still here')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read() == ""
+
+
+def test_heads_without_a_kernel_are_refused_before_any_work(small: Path) -> None:
+    with pytest.raises(SettingsError, match="head width is 12: a multiple of 8"):
+        check_buildable("rtx:sm89", "bf16", 12)
 
 
 def test_unknown_targets_and_graphs(small: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
@@ -34,6 +36,28 @@ def test_text_path_is_the_encoder_of_transformers(encoder: UMT5EncoderModel) -> 
 def test_sizes_are_those_of_the_config(encoder: UMT5EncoderModel) -> None:
     ours = TextEncoder(encoder)
     assert (ours.text_dim, ours.layers, ours.vocabulary) == (32, 2, 60)
+
+
+def test_float16_holds_what_overflows_there(encoder: UMT5EncoderModel) -> None:
+    """Trained weights give the feed-forward parts more than 65504; transformers keeps them in float32 for that."""
+    wide = copy.deepcopy(encoder)
+    for name, weight in wide.named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(1e6)
+    ids, mask = torch.randint(2, 60, (1, 11)), torch.ones(1, 11, dtype=torch.long)
+    expected = TextEncoder(wide)(ids, mask)
+    kept = {name: value.clone() for name, value in wide.named_parameters() if name.endswith("wo.weight")}
+    half = TextEncoder(wide).half()
+    for name, value in half.encoder.named_parameters():
+        assert value.dtype == (torch.float32 if name in kept else torch.float16), name
+        assert name not in kept or torch.equal(value, kept[name])
+    embeds = half(ids, mask)
+    assert embeds.dtype == torch.float16
+    torch.testing.assert_close(embeds.float(), expected, atol=0.05, rtol=0)
+    again = TextEncoder(copy.deepcopy(encoder).half())  # made in float16, as random weights are
+    assert again.encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert {value.dtype for value in half.bfloat16().parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in half.float().parameters()} == {torch.float32}
 
 
 @pytest.mark.slow

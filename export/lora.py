@@ -1,0 +1,173 @@
+"""LoRA adapters in peft's naming, merged into a backbone's weights.
+
+What scales an adapter is its alpha. peft keeps it in adapter_config.json, diffusers in the metadata of the weights
+file, others in a tensor beside each pair of matrices, and some nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swiftvideo.runtime.errors import CheckpointError
+
+from .checkpoint_files import (
+    check_finite,
+    check_floating,
+    find_weights,
+    read_json,
+    read_metadata,
+    read_weights,
+)
+from .checkpoint_naming import State, from_diffusers, listed, strip, unwrap
+
+METADATA = "lora_adapter_metadata"
+"""Key of a safetensors file's metadata under which diffusers keeps what peft keeps in adapter_config.json."""
+REMEDY = "pass the alpha that it was trained with (--lora-alpha)"
+
+_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as its files have it."""
+
+    state: State
+    config: dict[str, Any]
+    """peft's settings; empty where there are none."""
+    files: list[Path]
+    """All that were read."""
+
+
+def read_adapter(path: Path) -> Adapter:
+    """An adapter from a weights file or a folder that holds one (`find_weights`). Raises CheckpointError."""
+    files = find_weights(path)
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if beside.is_file():
+        config = read_json(beside)
+        files.append(beside)
+    else:
+        config = _saved_config(files[0])
+    state, _ = unwrap(read_weights(path), str(path), None)
+    return Adapter(state, config, files)
+
+
+def _saved_config(file: Path) -> dict[str, Any]:
+    text = read_metadata(file).get(METADATA)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {METADATA} is not JSON ({error}); save the adapter again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: {METADATA} holds {content!r} and should hold an object")
+    return {key.removeprefix("transformer."): value for key, value in content.items()}
+
+
+def merge_lora(
+    base: Mapping[str, Tensor],
+    adapter: Mapping[str, Tensor],
+    source: str,
+    alpha: float | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> State:
+    """Weights with an adapter merged in: W + alpha / rank * B A, computed in float32.
+
+    base: original Wan names. adapter: peft's names, `...lora_A[.name].weight` [rank, in] and `...lora_B` [out, rank],
+    over modules of either naming; `<module>.alpha` tensors are used where present. alpha: for all modules; else
+    `alpha_pattern` and `lora_alpha` of config (peft's settings); else the rank, that is, a scale of 1.
+    Raises CheckpointError for halves without their partner, unknown modules, wrong shapes, an alpha that is no number,
+    weights that are none, or what is not plain LoRA.
+    """
+    config = config or {}
+    for option in ("use_dora", "fan_in_fan_out"):
+        if config.get(option):
+            raise CheckpointError(
+                f"{source}: {option} is {config[option]!r}, which is not supported; merge it with peft"
+            )
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    surplus, names = [], set()
+    for key, value in adapter.items():
+        match = _KEY.match(key)
+        if match:
+            names.add(match["adapter"])
+            module = _module(match["module"])
+            halves.setdefault(module, {})[match["half"]] = value
+            patterned = _patterned(config, strip(match["module"]), source)
+            if patterned is not None and alpha is None:
+                alphas.setdefault(module, patterned)
+        elif key.endswith(".alpha") and value.numel() == 1:
+            alphas[_module(key.removesuffix(".alpha"))] = float(value)
+        else:
+            surplus.append(key)
+    if surplus or not halves:
+        raise CheckpointError(
+            f"{source}: not a LoRA in peft's naming; unknown keys: {listed(surplus) or 'it is empty'}"
+        )
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{source} holds {len(names)} adapters, {listed(sorted(map(str, names)))}; keep one"
+        )
+    unknown = [
+        module for module in [*halves, *alphas] if module + ".weight" not in base or module not in halves
+    ]
+    if unknown:
+        raise CheckpointError(f"{source}: {len(unknown)} modules are not in the backbone: {listed(unknown)}")
+    single = [module for module, pair in halves.items() if len(pair) != 2]
+    if single:
+        raise CheckpointError(f"{source}: {len(single)} modules lack lora_A or lora_B: {listed(single)}")
+    check_floating({key: value.dtype for key, value in adapter.items()}, source)
+    check_finite(adapter, source)
+    if alpha is None and "lora_alpha" in config:
+        alpha = _number(config["lora_alpha"], "lora_alpha", source)
+    merged = dict(base)
+    for module, pair in halves.items():
+        weight, a, b = base[module + ".weight"], pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or weight.shape != (b.shape[0], a.shape[1]):
+            raise CheckpointError(
+                f"{source}: {module} is {tuple(weight.shape)}, but lora_A is {tuple(a.shape)} and lora_B "
+                f"{tuple(b.shape)}; the adapter belongs to another architecture"
+            )
+        rank = a.shape[0]
+        if not rank:
+            raise CheckpointError(f"{source}: {module} is of rank 0, which changes nothing; use another file")
+        strength = alphas.get(module, rank if alpha is None else alpha)
+        scale = strength / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        merged[module + ".weight"] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+    return merged
+
+
+def _module(name: str) -> str:
+    """Original Wan name of a module that an adapter names."""
+    short = strip(name)
+    return from_diffusers(short) or short  # no original Wan name is also one of diffusers
+
+
+def _patterned(config: Mapping[str, Any], name: str, source: str) -> float | None:
+    """The alpha that `alpha_pattern` has for a module, under the adapter's own name of it, as peft matches them."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{source}: alpha_pattern is {patterns!r} and should be an object; {REMEDY}")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise CheckpointError(f"{source}: alpha_pattern has {pattern!r} ({error}); {REMEDY}") from error
+        if found:
+            return _number(value, f"alpha_pattern[{pattern!r}]", source)
+    return None
+
+
+def _number(value: Any, what: str, source: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{source}: {what} is {value!r} and should be a number; {REMEDY}")
+    return float(value)

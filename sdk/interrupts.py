@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM end a command the same way: as KeyboardInterrupt, so that everything is closed and cleaned up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, but never in the middle of a write.
+
+    Outside the main thread signals cannot be caught; there it does nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._shielded = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {
+                number: signal.signal(number, self._handle)
+                for number in self.SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN  # as a shell's background jobs have it
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        if not self._shielded:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def shield(self, last: bool = False) -> Iterator[None]:
+        """Hold signals back inside; one that came meanwhile is raised at the end, unless this is the `last` work."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self.received and not last:
+            raise KeyboardInterrupt
