@@ -12,6 +12,7 @@ ServiceError                a call failed (a SwiftVideoError); `code` is the gRP
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ ENCODINGS: dict[str, pb.Encoding] = {
 KEPT_PROMPTS = 64
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 """Seconds before each reconnect; the last one repeats."""
+CLOSING = 2.0
+"""Seconds that the end of a session may take on the server."""
 
 
 class ServiceError(SwiftVideoError):
@@ -107,6 +110,12 @@ def error_of(code: grpc.StatusCode, details: str | None, trailers: Sequence[Any]
     """The exception of a status."""
     hint = next((float(value) / 1000 for key, value in trailers or () if key == "retry-after-ms"), None)
     return TABLE[code](details or f"the call ended with {code.name} and no word why", code, hint)
+
+
+def late(deadline: float | None) -> DeadlineError:
+    """What a chunk that did not come in time means; the video goes on."""
+    text = f"no chunk came within {deadline:g} s: ask again, or give a longer deadline"
+    return DeadlineError(text, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 LOCAL_FAILURE = "Internal error from Core"
@@ -197,11 +206,19 @@ class VideoState:
         self.ended: pb.Ended | None = None
         self.on_notice: Callable[[pb.Notice], None] | None = None
         self._rho: float | None = None
+        self._broke: float | None = None
+        """When the outage began that is under way."""
+        self._attempts = 0
+        """Reconnects since the last chunk."""
 
     @property
     def can_resume(self) -> bool:
         """Whether a broken call may go on."""
         return self.started is not None and self.started.linger_ms > 0
+
+    def was_cut(self, error: ServiceError | None) -> bool:
+        """Whether a call that ended with `error` left a session behind."""
+        return self.can_resume and isinstance(error, UnavailableError)
 
     def opening(self) -> list[pb.GenerateRequest]:
         """The messages that begin a call."""
@@ -219,24 +236,23 @@ class VideoState:
         hold = pb.GenerateRequest(pause=pb.Pause()) if self.paused else pb.GenerateRequest(resume=pb.Resume())
         return [pb.GenerateRequest(reattach=reattach), hold]
 
-    def pause_before(
-        self, attempt: int, error: ServiceError | None, waited: float, timeout: float, deadline: float | None
-    ) -> float:
-        """Seconds until reconnect number `attempt`, the first being 0, of a call that broke with `error`.
+    def pause_before(self, error: ServiceError | None, patience: float) -> float:
+        """Seconds until the next reconnect of a call that broke with `error`.
 
-        waited: seconds since the chunk was asked for; it may take `deadline`, or `timeout` without one. Raises `error`
-        or what stands for it where a reconnect is of no use.
+        An outage begins when a call breaks and ends when the server is heard again. It has one reconnect at least, and
+        others for `patience` seconds. Raises `error`, or what stands for it, where reconnects are of no use or did not
+        help.
         """
-        if deadline is not None and waited >= deadline:
-            raise DeadlineError(
-                f"no chunk came within {deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
-            ) from error
+        now = time.monotonic()
+        if self._broke is None:
+            self._broke = now
         busy = isinstance(error, BusyError) and self.started is not None
-        if error is not None and not busy and not isinstance(error, UnavailableError):
-            raise error
-        if not self.can_resume or waited > (timeout if deadline is None else deadline):
+        lasting = error is not None and not busy and not isinstance(error, UnavailableError)
+        if lasting or not self.can_resume or now - self._broke > patience:
+            self._broke = None
             raise error or UnavailableError("the server closed the call", grpc.StatusCode.UNAVAILABLE)
-        return BACKOFF[min(attempt, len(BACKOFF) - 1)]
+        self._attempts += 1
+        return BACKOFF[min(self._attempts, len(BACKOFF)) - 1]
 
     def _order(self) -> list[str]:
         """Prompts as the server took them, then those that it has not spoken of.
@@ -267,7 +283,9 @@ class VideoState:
     def take(self, message: pb.GenerateResponse) -> RemoteChunk | None:
         """A message; the chunk if it is one that was not received before."""
         kind = message.WhichOneof("message")
+        self._broke = None
         if kind == "chunk":
+            self._attempts = 0
             return self._chunk(message.chunk)
         if kind == "started":
             self.started = message.started

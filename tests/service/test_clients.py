@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from swiftvideo.sdk import aio, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import CuttingProxy, ServerProcess, heard, reference
+from .harness import ServerProcess, heard, proxied, reference
 
 ROOT = Path(__file__).parents[2]
 NODE = Path(__file__).parent / "node"
@@ -100,15 +99,6 @@ def test_jpeg_and_h264_are_what_they_say(server: ServerProcess) -> None:
         assert sum(1 for _ in container.decode(video=0)) == sum(map(len, raw))
 
 
-def test_deadlines_are_kept(server: ServerProcess) -> None:
-    with Client(server.address) as client, client.generate("w1", deadline=0.3, linger=0) as video:
-        next(video)
-        video.pause()
-        with pytest.raises(TimeoutError, match="no chunk came within"):
-            for _ in video:
-                pass
-
-
 def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
     with Client("127.0.0.1:1", timeout=0.5) as client:
         with pytest.raises(remote.UnavailableError):
@@ -131,25 +121,18 @@ def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], t
 
 
 def test_the_sync_client_resumes_after_cuts(server: ServerProcess, pipeline: Any) -> None:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        proxy = CuttingProxy(server.port)
-        address = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(20)
-        made = []
-        with Client(address, timeout=30) as client, client.generate("w1 w2", seed=11) as video:
-            for chunk in video:
-                made.append(bytes(chunk.frames))
-                if chunk.index in (1, 4, 5):
-                    loop.call_soon_threadsafe(proxy.cut)
-                if chunk.index == 9:
-                    break
-        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(20)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
-        loop.close()
+    made = []
+    with (
+        proxied(server.port) as (address, proxy, loop),
+        Client(address, timeout=30) as client,
+        client.generate("w1 w2", seed=11, credits=1) as video,
+    ):
+        for chunk in video:
+            made.append(bytes(chunk.frames))
+            if chunk.index in (1, 4, 5):
+                loop.call_soon_threadsafe(proxy.cut)
+            if chunk.index == 9:
+                break
     assert proxy.cuts >= 3 and made == reference(pipeline, 11, 10, [])
 
 
