@@ -228,3 +228,23 @@ def test_an_outage_counts_from_its_first_failure(monkeypatch: pytest.MonkeyPatch
     state.take(started)  # the server is there: what breaks now is another outage
     now += 100
     state.pause_before(broken, 10)
+
+
+def test_a_connection_that_carries_nothing_any_more_is_given_up(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a twentieth of the client's times."""
+    faster = [
+        (name, value // 20 if name.endswith(("time_ms", "timeout_ms")) else value)
+        for name, value in remote.OPTIONS
+    ]
+    monkeypatch.setattr(remote, "OPTIONS", faster)
+    with (
+        proxied(server.port) as (address, proxy, loop),
+        Client(address) as client,
+        client.generate("w1", deadline=20) as video,
+    ):
+        next(video)
+        loop.call_soon_threadsafe(proxy.swallow)
+        while next(video).index < 8:
+            pass
