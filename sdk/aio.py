@@ -22,6 +22,7 @@ import grpc
 from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .connection import metadata_of, open_channel
 from .remote import (
     BACKOFF,
     CLOSING,
@@ -33,7 +34,6 @@ from .remote import (
     VideoState,
     error_from,
     late,
-    open_channel,
     start_of,
 )
 
@@ -55,8 +55,8 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.closed = False
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._channel = open_channel(grpc.aio, address, tls, root, certificate, key)
+        self.metadata = metadata_of(token)
+        self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key)
 
     def generate(
         self,

@@ -28,6 +28,7 @@ import grpc
 from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .connection import metadata_of, open_channel
 from .remote import (
     BACKOFF,
     CLOSING,
@@ -38,7 +39,6 @@ from .remote import (
     VideoState,
     error_from,
     late,
-    open_channel,
     start_of,
 )
 
@@ -49,10 +49,12 @@ class Client:
     Args:
         address: "host:port".
         token: bearer token, if the server wants one.
-        tls: whether to use TLS; None: where a root or a certificate is given.
+        tls: whether to use TLS; None: where a PEM file is given, or a token would leave this machine.
         root: PEM file of the certificate authority; None: the system's.
         certificate, key: PEM files of this client, for mTLS.
         timeout: seconds for short calls and for connecting.
+
+    Raises SettingsError where a file cannot be read, the token cannot be one, or settings contradict each other.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.closed = False
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._channel = open_channel(grpc, address, tls, root, certificate, key)
+        self.metadata = metadata_of(token)
+        self._channel = open_channel(grpc, address, token, tls, root, certificate, key)
 
     def generate(
         self,

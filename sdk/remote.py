@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import grpc
@@ -25,15 +24,6 @@ from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.v1 import generation_pb2 as pb
 
 SERVICE = "/swiftvideo.v1.GenerationService/"
-OPTIONS = (
-    ("grpc.max_receive_message_length", 256 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute otherwise, and it counts for keepalive too
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 EncodingName = Literal["raw", "jpeg", "h264"]
 NAMES: dict[int, EncodingName] = {pb.ENCODING_RAW: "raw", pb.ENCODING_JPEG: "jpeg", pb.ENCODING_H264: "h264"}
 ENCODINGS: dict[str, pb.Encoding] = {
@@ -121,33 +111,18 @@ def late(deadline: float | None) -> DeadlineError:
 
 LOCAL_FAILURE = "Internal error from Core"
 """What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
+WITHOUT_TLS = "WRONG_VERSION_NUMBER"
+"""What the handshake makes of an answer in clear text."""
 
 
 def error_from(error: Any) -> ServiceError:
     """The exception of gRPC's own."""
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == LOCAL_FAILURE:
         return UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
+    if WITHOUT_TLS in (error.details() or ""):
+        text = "the server does not speak TLS: serve with a certificate, or allow clear text (--no-tls, tls=False)"
+        return UnavailableError(text, grpc.StatusCode.UNAVAILABLE)
     return error_of(error.code(), error.details(), error.trailing_metadata())
-
-
-def open_channel(
-    module: Any,
-    address: str,
-    tls: bool | None,
-    root: str | Path | None,
-    certificate: str | Path | None,
-    key: str | Path | None,
-) -> Any:
-    """A channel of `module`, grpc or grpc.aio; TLS from PEM files. Raises SettingsError where one cannot be read."""
-    if not (tls if tls is not None else (root is not None or certificate is not None)):
-        return module.insecure_channel(address, OPTIONS)
-    if (certificate is None) != (key is None):
-        raise SettingsError("a client certificate and its key belong together: give both or neither")
-    try:
-        data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
-    except OSError as error:
-        raise SettingsError(f"TLS: {error}") from error
-    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from swiftvideo.runtime.errors import ClosedError
-from swiftvideo.sdk import aio, remote
+from swiftvideo.sdk import aio, connection, remote
 from swiftvideo.sdk.client import Client, Video
 from swiftvideo.sdk.remote import VideoState, start_of
 from swiftvideo.v1 import generation_pb2 as pb
@@ -236,9 +236,9 @@ def test_a_connection_that_carries_nothing_any_more_is_given_up(
     """At a twentieth of the client's times."""
     faster = [
         (name, value // 20 if name.endswith(("time_ms", "timeout_ms")) else value)
-        for name, value in remote.OPTIONS
+        for name, value in connection.OPTIONS
     ]
-    monkeypatch.setattr(remote, "OPTIONS", faster)
+    monkeypatch.setattr(connection, "OPTIONS", faster)
     with (
         proxied(server.port) as (address, proxy, loop),
         Client(address) as client,
