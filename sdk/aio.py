@@ -32,7 +32,9 @@ from .remote import (
     ServiceError,
     UnavailableError,
     VideoState,
+    check_seconds,
     error_from,
+    filled,
     late,
     start_of,
 )
@@ -72,6 +74,7 @@ class Client:
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
         self.check_open()
+        check_seconds("deadline", deadline)
         return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
 
     async def describe(self) -> pb.DescribeResponse:
@@ -88,7 +91,9 @@ class Client:
 
     async def stop_session(self, session_id: str) -> None:
         """End a session; for operators. Raises ServiceError."""
-        await self._call("StopSession", pb.StopSessionRequest(session_id=session_id), pb.StopSessionResponse)
+        await self._call(
+            "StopSession", filled(pb.StopSessionRequest, session_id=session_id), pb.StopSessionResponse
+        )
 
     async def _call(self, name: str, request: Any, response: Any) -> Any:
         self.check_open()
@@ -97,6 +102,11 @@ class Client:
             return await call(request, timeout=self.timeout, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # then `close` cancelled the call
+                self.check_open()
+            raise
 
     def open(self, requests: AsyncIterator[pb.GenerateRequest]) -> Any:
         """The gRPC call of a session; used by `Video`. Raises ClosedError."""
@@ -208,7 +218,8 @@ class Video:
     async def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
 
-        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError.
+        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError, and SettingsError for
+        what cannot be sent.
         """
         self._check_open()
         request = self.state.ask(text, at_chunk)

@@ -37,7 +37,9 @@ from .remote import (
     RemoteChunk,
     ServiceError,
     VideoState,
+    check_seconds,
     error_from,
+    filled,
     late,
     start_of,
 )
@@ -93,8 +95,10 @@ class Client:
         the next chunk may take, reconnects included; None: for ever while a server is there, and `timeout` seconds of
         reconnects without.
 
-        Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values.
+        Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
+        ClosedError after `close`.
         """
+        check_seconds("deadline", deadline)
         return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
 
     def describe(self) -> pb.DescribeResponse:
@@ -108,7 +112,9 @@ class Client:
 
     def stop_session(self, session_id: str) -> None:
         """End a session; for operators. Raises ServiceError."""
-        self._call("StopSession", pb.StopSessionRequest(session_id=session_id), pb.StopSessionResponse)
+        self._call(
+            "StopSession", filled(pb.StopSessionRequest, session_id=session_id), pb.StopSessionResponse
+        )
 
     def _call(self, name: str, request: Any, response: Any) -> Any:
         self.check_open()
@@ -222,7 +228,8 @@ class Video:
     def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
 
-        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError.
+        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError, and SettingsError for
+        what cannot be sent.
         """
         with self._lock:
             self._check_open()

@@ -16,14 +16,16 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.v1 import generation_pb2 as pb
 
 SERVICE = "/swiftvideo.v1.GenerationService/"
+M = TypeVar("M", bound=Message)
 EncodingName = Literal["raw", "jpeg", "h264"]
 NAMES: dict[int, EncodingName] = {pb.ENCODING_RAW: "raw", pb.ENCODING_JPEG: "jpeg", pb.ENCODING_H264: "h264"}
 ENCODINGS: dict[str, pb.Encoding] = {
@@ -34,6 +36,8 @@ ENCODINGS: dict[str, pb.Encoding] = {
 KEPT_PROMPTS = 64
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 """Seconds before each reconnect; the last one repeats."""
+LONGEST = 4_000_000
+"""Seconds that a time may have: 32 bits of milliseconds."""
 CLOSING = 2.0
 """Seconds that the end of a session may take on the server."""
 
@@ -240,8 +244,8 @@ class VideoState:
         return [*known, *(name for name in self.prompts if name not in self.accepted)]
 
     def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
-        """A new prompt."""
-        prompt = pb.Prompt(id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
+        """A new prompt. Raises SettingsError for one that cannot be sent."""
+        prompt = filled(pb.Prompt, id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
         self.prompts[prompt.id] = prompt
         while len(self.prompts) > KEPT_PROMPTS:
             oldest = next(iter(self.prompts))
@@ -329,6 +333,26 @@ class VideoState:
         )
 
 
+def filled(kind: type[M], **fields: Any) -> M:
+    """A message of these fields. Raises SettingsError where one cannot be sent."""
+    message = kind()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(
+                f"{kind.DESCRIPTOR.name.lower()}: {name} is {value!r:.60} ({error}): use whole numbers that are not "
+                "negative, and text that UTF-8 can hold"
+            ) from error
+    return message
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raises SettingsError where a time is no number of seconds, or would not fit into a message; None is fine."""
+    if value is not None and not 0 <= value <= LONGEST:
+        raise SettingsError(f"{name} is {value!r}: use 0 to {LONGEST} seconds")
+
+
 def start_of(
     prompt: str,
     seed: int,
@@ -348,15 +372,14 @@ def start_of(
         if policy not in kinds:
             raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
         policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
-    try:
-        return pb.Start(
-            prompt=prompt,
-            seed=seed,
-            credits=credits,
-            encoding=ENCODINGS[encoding],
-            policy=policy,
-            linger_ms=round(linger * 1000),
-            chunks=chunks,
-        )
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"start: {error}; use whole numbers that are not negative") from error
+    check_seconds("linger", linger)
+    return filled(
+        pb.Start,
+        prompt=prompt,
+        seed=seed,
+        credits=credits,
+        encoding=ENCODINGS[encoding],
+        policy=policy,
+        linger_ms=round(linger * 1000),
+        chunks=chunks,
+    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,12 +114,67 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
     [
         ({"encoding": "png"}, "encoding is 'png'"),
         ({"policy": "x"}, "policy is 'x'"),
-        ({"seed": -1}, "start:"),
+        ({"seed": -1}, "start: seed is -1"),
+        ({"chunks": 1.5}, r"start: chunks is 1\.5"),
+        ({"prompt": "w1 \ud800"}, r"prompt is 'w1 \\ud800'"),
+        ({"linger": math.inf}, "linger is inf"),
+        ({"linger": math.nan}, "linger is nan"),
+        ({"deadline": -1}, "deadline is -1"),
     ],
 )
 def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], text: str) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(SettingsError, match=text):
-        client.generate("w1", **fields)
+        client.generate(**{"prompt": "w1", **fields})
+
+
+def test_what_cannot_be_sent_is_said_and_changes_nothing(server: ServerProcess) -> None:
+    with Client(server.address) as client, client.generate("w1") as video:
+        for text, at_chunk, message in (
+            ("w1", -1, "at_chunk is -1"),
+            ("w1", 1 << 70, "at_chunk is 1180591620717411303424"),
+            ("\ud800", 0, r"text is '\\ud800'"),
+        ):
+            with pytest.raises(SettingsError, match=message):
+                video.prompt(text, at_chunk)
+        with pytest.raises(SettingsError, match="session_id"):
+            client.stop_session("\ud800")
+        assert not video.state.prompts and next(video).index == 0
+
+
+def test_a_client_that_was_closed_says_so(server: ServerProcess) -> None:
+    client = Client(server.address)
+    video = client.generate("w1", credits=1, linger=0)
+    next(video)
+    client.close()
+    for call in (client.describe, client.sessions, lambda: client.generate("w1"), lambda: next(video)):
+        with pytest.raises(ClosedError, match=f"the client of {server.address} was closed"):
+            call()
+    video.close()
+
+    async def run() -> None:
+        client = aio.Client(server.address)
+        video = client.generate("w1", credits=1, linger=0)
+        await anext(video)
+        waiting = asyncio.create_task(anext(video))
+        await asyncio.sleep(0)
+        await client.close()
+        for call in (client.describe(), client.sessions(), anext(video), waiting):
+            with pytest.raises(ClosedError, match=f"the client of {server.address} was closed"):
+                while True:
+                    await call
+                    call = anext(video)  # what had come before the end is there yet
+        with pytest.raises(ClosedError):
+            client.generate("w1")
+        await video.close()
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = aio.Client(f"127.0.0.1:{silent.getsockname()[1]}")
+            describing = asyncio.create_task(client.describe())
+            await asyncio.sleep(0.1)
+            await client.close()
+            with pytest.raises(ClosedError):
+                await describing
+
+    asyncio.run(run())
 
 
 def test_the_sync_client_resumes_after_cuts(server: ServerProcess, pipeline: Any) -> None:
