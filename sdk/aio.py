@@ -10,7 +10,9 @@ async with Client("localhost:50051", token="...") as client, client.generate("a 
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
+import math
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,14 +22,20 @@ import grpc
 from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .connection import metadata_of, open_channel
 from .remote import (
+    BACKOFF,
+    CLOSING,
     SERVICE,
     EncodingName,
     RemoteChunk,
     ServiceError,
+    UnavailableError,
     VideoState,
+    check_seconds,
     error_from,
-    open_channel,
+    filled,
+    late,
     start_of,
 )
 
@@ -48,8 +56,9 @@ class Client:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._channel = open_channel(grpc.aio, address, tls, root, certificate, key)
+        self.closed = False
+        self.metadata = metadata_of(token)
+        self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key)
 
     def generate(
         self,
@@ -64,6 +73,8 @@ class Client:
         deadline: float | None = None,
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
+        self.check_open()
+        check_seconds("deadline", deadline)
         return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
 
     async def describe(self) -> pb.DescribeResponse:
@@ -80,24 +91,39 @@ class Client:
 
     async def stop_session(self, session_id: str) -> None:
         """End a session; for operators. Raises ServiceError."""
-        await self._call("StopSession", pb.StopSessionRequest(session_id=session_id), pb.StopSessionResponse)
+        await self._call(
+            "StopSession", filled(pb.StopSessionRequest, session_id=session_id), pb.StopSessionResponse
+        )
 
     async def _call(self, name: str, request: Any, response: Any) -> Any:
+        self.check_open()
         call = self._channel.unary_unary(SERVICE + name, type(request).SerializeToString, response.FromString)
         try:
             return await call(request, timeout=self.timeout, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # then `close` cancelled the call
+                self.check_open()
+            raise
 
-    def open(self) -> Any:
-        """The gRPC call of a session; used by `Video`."""
+    def open(self, requests: AsyncIterator[pb.GenerateRequest]) -> Any:
+        """The gRPC call of a session; used by `Video`. Raises ClosedError."""
+        self.check_open()
         call = self._channel.stream_stream(
             SERVICE + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )
-        return call(metadata=self.metadata)
+        return call(requests, metadata=self.metadata)
+
+    def check_open(self) -> None:
+        """Raises ClosedError after `close`."""
+        if self.closed:
+            raise ClosedError(f"the client of {self.address} was closed: make another one")
 
     async def close(self) -> None:
         """Close the connection; twice is fine."""
+        self.closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Client:
@@ -107,6 +133,65 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _Call:
+    """A gRPC call that a task of its own reads: to cancel a read would be to cancel the call."""
+
+    def __init__(self, client: Client, opening: list[pb.GenerateRequest]) -> None:
+        self.error: ServiceError | None = None
+        """How the call broke."""
+        self._requests: asyncio.Queue[pb.GenerateRequest | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
+        for message in opening:
+            self.send(message)
+        self._call = client.open(_until_none(self._requests))
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                self._inbox.put_nowait(message)
+        except grpc.aio.AioRpcError as failure:
+            self.error = error_from(failure)
+        except asyncio.CancelledError:  # of the call, not of a task that waits for a chunk
+            self.error = UnavailableError("the call was cancelled", grpc.StatusCode.UNAVAILABLE)
+        finally:
+            self._inbox.put_nowait(None)
+            self._requests.put_nowait(None)  # ends the task that gRPC writes in
+
+    def send(self, message: pb.GenerateRequest) -> None:
+        """Write. What a broken call loses is repeated by `VideoState.opening`, or means nothing there."""
+        self._requests.put_nowait(message)
+
+    async def receive(self) -> pb.GenerateResponse | None:
+        """The next message, or None once the call has ended. Raises ServiceError where it broke."""
+        message = await self._inbox.get()
+        if message is None:
+            self._inbox.put_nowait(None)  # whoever asks again is told again
+            if self.error is not None:
+                raise self.error
+        return message
+
+    def stop(self) -> None:
+        """Ask for the end of the session, and send nothing more."""
+        self._requests.put_nowait(pb.GenerateRequest(stop=pb.Stop()))
+        self._requests.put_nowait(None)
+
+    async def join(self) -> None:
+        """Wait for the call's end."""
+        await asyncio.wait((self._reader,))
+
+    def cancel(self) -> None:
+        """End the call without a word."""
+        self._call.cancel()
+
+
+async def _until_none(
+    requests: asyncio.Queue[pb.GenerateRequest | None],
+) -> AsyncIterator[pb.GenerateRequest]:
+    while (message := await requests.get()) is not None:
+        yield message
 
 
 class Video:
@@ -119,8 +204,11 @@ class Video:
         self.state = VideoState(start)
         self._client = client
         self._deadline = deadline
+        self._turn = asyncio.Lock()
+        """Of the task that waits for a chunk."""
         self._closed = False
-        self._call: Any = None
+        self._closing: asyncio.Task[None] | None = None
+        self._call: _Call | None = None
 
     @property
     def session_id(self) -> str:
@@ -130,105 +218,120 @@ class Video:
     async def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
 
-        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError.
+        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError, and SettingsError for
+        what cannot be sent.
         """
         self._check_open()
         request = self.state.ask(text, at_chunk)
-        await self._send(request)
+        self._send(request)
         return request.prompt.id
 
     async def pause(self) -> None:
         """Let the server make no more chunks. Raises ClosedError."""
         self._check_open()
         self.state.paused = True
-        await self._send(pb.GenerateRequest(pause=pb.Pause()))
+        self._send(pb.GenerateRequest(pause=pb.Pause()))
 
     async def resume(self) -> None:
         """Go on after `pause`. Raises ClosedError."""
         self._check_open()
         self.state.paused = False
-        await self._send(pb.GenerateRequest(resume=pb.Resume()))
+        self._send(pb.GenerateRequest(resume=pb.Resume()))
 
     def __aiter__(self) -> Video:
         return self
 
     async def __anext__(self) -> RemoteChunk:
-        """The next chunk; errors as those of `swiftvideo.sdk.client.Video`, and StopAsyncIteration at the end."""
-        self._check_open()
-        state = self.state
-        since, attempt = time.monotonic(), 0
-        credit = state.credit()
-        if credit is not None:
-            await self._send(credit)
-        while True:
+        """The next chunk; errors as those of `swiftvideo.sdk.client.Video`, and StopAsyncIteration at the end.
+
+        Where it is cancelled or too late, the next one goes on with the same chunk. Tasks that ask at once take turns.
+        """
+        loop = asyncio.get_running_loop()
+        until = math.inf if self._deadline is None else loop.time() + self._deadline
+        async with self._turn:
+            self._check_open()
+            credit = self.state.credit()
+            if credit is not None:
+                self._send(credit)
             error: ServiceError | None = None
-            try:
-                left = None if self._deadline is None else max(0.0, since + self._deadline - time.monotonic())
-                chunk = await asyncio.wait_for(self._receive(), left)
-                if chunk is not None:
-                    return chunk
-                if state.finished():
+            while True:
+                try:
+                    async with asyncio.timeout_at(None if until == math.inf else until):
+                        chunk = await self._receive()
+                    if chunk is not None:
+                        return chunk
+                    if self.state.finished():
+                        raise StopAsyncIteration
+                except ServiceError as failure:  # first, because a DeadlineError is a TimeoutError
+                    error = failure
+                except TimeoutError:
+                    raise late(self._deadline) from error
+                if self._closed:
                     raise StopAsyncIteration
-            except grpc.aio.AioRpcError as failure:
-                error = error_from(failure)
-            except TimeoutError:
-                error = None
-            if self._closed:
-                raise StopAsyncIteration
-            waited = time.monotonic() - since
-            await asyncio.sleep(
-                state.pause_before(attempt, error, waited, self._client.timeout, self._deadline)
-            )
-            await self._connect()
-            attempt += 1
+                self._client.check_open()
+                patience = self._client.timeout if until == math.inf else math.inf
+                pause = self.state.pause_before(error, patience)
+                await asyncio.sleep(min(pause, max(0.0, until - loop.time())))
+                if self._closed:
+                    raise StopAsyncIteration
+                self._connect()
 
     async def _receive(self) -> RemoteChunk | None:
         """The next chunk of the call, or None at its end."""
-        if self._call is None:
-            await self._connect()
-        while (message := await self._call.read()) is not grpc.aio.EOF:
+        while (message := await self._connected().receive()) is not None:
             chunk = self.state.take(message)
             if chunk is not None:
                 return chunk
         return None
 
-    async def _connect(self) -> None:
+    def _connected(self) -> _Call:
+        """The call, which the first use of it opens."""
+        return self._connect() if self._call is None else self._call
+
+    def _connect(self) -> _Call:
         if self._call is not None:
             self._call.cancel()
         self.state.ended = None
-        self._call = self._client.open()
-        for message in self.state.opening():
-            await self._send(message)
+        self._call = _Call(self._client, self.state.opening())
+        return self._call
 
-    async def _send(self, message: pb.GenerateRequest) -> None:
-        """Write, if the call is open. What a broken call loses is repeated by `opening`, or means nothing there."""
-        if self._call is None:
-            await self._connect()
-        try:
-            await self._call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # the reading side learns why, and reconnects
+    def _send(self, message: pb.GenerateRequest) -> None:
+        self._connected().send(message)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this video was closed: generate another one")
 
     async def close(self) -> None:
-        """End the session on the server; twice is fine."""
-        if self._closed:
-            return
+        """End the session on the server, also from a task that is being cancelled; twice is fine.
+
+        Where no server answers it takes two seconds at most.
+        """
         self._closed = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._stop())
+        await asyncio.shield(self._closing)
+
+    async def _stop(self) -> None:
         if self._call is None:
             return
         if self.state.ended is None:
-            await self._send(pb.GenerateRequest(stop=pb.Stop()))
-            try:
-                async with asyncio.timeout(2):
-                    while (message := await self._call.read()) is not grpc.aio.EOF:
-                        self.state.take(message)
-            except (grpc.aio.AioRpcError, ServiceError, TimeoutError):
-                pass  # the session ends on the server by itself, at the latest after its linger time
+            with contextlib.suppress(TimeoutError, ClosedError):
+                async with asyncio.timeout(CLOSING):
+                    self._call.stop()
+                    await self._call.join()
+                    for pause in BACKOFF:
+                        if not self.state.was_cut(self._call.error):
+                            break
+                        await asyncio.sleep(pause)
+                        self._connect().stop()
+                        await self._call.join()
         self._call.cancel()
+
+    def __del__(self) -> None:
+        if self._call is not None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed
+                self._call.stop()  # its reader does not hold the video: nobody will ask for another chunk
 
     async def __aenter__(self) -> Video:
         return self

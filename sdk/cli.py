@@ -89,7 +89,21 @@ def generate(
     token: Annotated[
         str | None, typer.Option("--token", envvar="SWIFTVIDEO_TOKEN", help="Bearer token for --server.")
     ] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="PEM roots for --server: use TLS.")] = None,
+    tls: Annotated[
+        bool | None,
+        typer.Option(
+            "--tls/--no-tls", help="For --server; if absent with PEM files, or a token for elsewhere."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="PEM roots for --server; the system's if absent.")
+    ] = None,
+    client_certificate: Annotated[
+        Path | None, typer.Option("--client-certificate", help="PEM chain for --server: mTLS.")
+    ] = None,
+    client_key: Annotated[
+        Path | None, typer.Option("--client-key", help="PEM key of the client's certificate.")
+    ] = None,
 ) -> None:
     """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
     from . import generate as work
@@ -108,13 +122,17 @@ def generate(
             told = story_from_options(prompt or [], at or [], seconds, seed or 0, policy)
         check_output(out, (".mp4",))
         if server is not None:
+            from .client import Client
             from .server.generating import generate as from_server
 
             if contact_sheet is not None or bundle is not None or threads is not None:
                 raise UsageError(
                     "--contact-sheet, --bundle and --threads do not go with --server: leave them out"
                 )
-            from_server(server, token, root, told, out, as_json)
+            with Client(
+                server, token, tls=tls, root=root, certificate=client_certificate, key=client_key
+            ) as client:
+                from_server(client, told, out, as_json)
             return
         if contact_sheet is not None:
             check_output(contact_sheet, (".png",))

@@ -13,6 +13,8 @@ A broken connection is made again and the session goes on where it was, without 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import queue
 import threading
 import time
@@ -26,14 +28,19 @@ import grpc
 from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .connection import metadata_of, open_channel
 from .remote import (
+    BACKOFF,
+    CLOSING,
     SERVICE,
     EncodingName,
     RemoteChunk,
     ServiceError,
     VideoState,
+    check_seconds,
     error_from,
-    open_channel,
+    filled,
+    late,
     start_of,
 )
 
@@ -44,10 +51,12 @@ class Client:
     Args:
         address: "host:port".
         token: bearer token, if the server wants one.
-        tls: whether to use TLS; None: where a root or a certificate is given.
+        tls: whether to use TLS; None: where a PEM file is given, or a token would leave this machine.
         root: PEM file of the certificate authority; None: the system's.
         certificate, key: PEM files of this client, for mTLS.
         timeout: seconds for short calls and for connecting.
+
+    Raises SettingsError where a file cannot be read, the token cannot be one, or settings contradict each other.
     """
 
     def __init__(
@@ -63,8 +72,9 @@ class Client:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._channel = open_channel(grpc, address, tls, root, certificate, key)
+        self.closed = False
+        self.metadata = metadata_of(token)
+        self._channel = open_channel(grpc, address, token, tls, root, certificate, key)
 
     def generate(
         self,
@@ -82,10 +92,13 @@ class Client:
 
         credits: chunks that the server may make ahead of the last one taken. linger: seconds that the server keeps the
         session when the connection breaks; 0: no resume. chunks: end after so many; 0: endless. deadline: seconds that
-        the next chunk may take, reconnects included; None: for ever while a server is there, and `timeout` without.
+        the next chunk may take, reconnects included; None: for ever while a server is there, and `timeout` seconds of
+        reconnects without.
 
-        Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values.
+        Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
+        ClosedError after `close`.
         """
+        check_seconds("deadline", deadline)
         return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
 
     def describe(self) -> pb.DescribeResponse:
@@ -99,9 +112,12 @@ class Client:
 
     def stop_session(self, session_id: str) -> None:
         """End a session; for operators. Raises ServiceError."""
-        self._call("StopSession", pb.StopSessionRequest(session_id=session_id), pb.StopSessionResponse)
+        self._call(
+            "StopSession", filled(pb.StopSessionRequest, session_id=session_id), pb.StopSessionResponse
+        )
 
     def _call(self, name: str, request: Any, response: Any) -> Any:
+        self.check_open()
         call = self._channel.unary_unary(SERVICE + name, type(request).SerializeToString, response.FromString)
         try:
             return call(request, timeout=self.timeout, metadata=self.metadata)
@@ -109,14 +125,21 @@ class Client:
             raise error_from(error) from error
 
     def open(self, requests: Iterator[pb.GenerateRequest]) -> Any:
-        """The gRPC call of a session; used by `Video`."""
+        """The gRPC call of a session; used by `Video`. Raises ClosedError."""
+        self.check_open()
         call = self._channel.stream_stream(
             SERVICE + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )
         return call(requests, metadata=self.metadata)
 
+    def check_open(self) -> None:
+        """Raises ClosedError after `close`."""
+        if self.closed:
+            raise ClosedError(f"the client of {self.address} was closed: make another one")
+
     def close(self) -> None:
         """Close the connection; twice is fine."""
+        self.closed = True
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -126,6 +149,57 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Call:
+    """A gRPC call that a thread of its own reads: neither a deadline nor a close from elsewhere disturbs a read."""
+
+    def __init__(self, client: Client, opening: list[pb.GenerateRequest]) -> None:
+        self.error: ServiceError | None = None
+        """How the call broke."""
+        self._requests: queue.SimpleQueue[pb.GenerateRequest | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[pb.GenerateResponse | None] = queue.SimpleQueue()
+        for message in opening:
+            self.send(message)
+        self._call = client.open(iter(self._requests.get, None))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._inbox.put(message)
+        except grpc.RpcError as failure:
+            self.error = error_from(failure)
+        finally:
+            self._inbox.put(None)
+            self._requests.put(None)  # ends the thread that gRPC writes in
+
+    def send(self, message: pb.GenerateRequest) -> None:
+        """Write. What a broken call loses is repeated by `VideoState.opening`, or means nothing there."""
+        self._requests.put(message)
+
+    def receive(self, seconds: float | None) -> pb.GenerateResponse | None:
+        """The next message, or None once the call has ended. Raises queue.Empty, and ServiceError where it broke."""
+        message = self._inbox.get(timeout=seconds)
+        if message is None:
+            self._inbox.put(None)  # whoever asks again is told again
+            if self.error is not None:
+                raise self.error
+        return message
+
+    def stop(self) -> None:
+        """Ask for the end of the session, and send nothing more."""
+        self._requests.put(pb.GenerateRequest(stop=pb.Stop()))
+        self._requests.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the call's end."""
+        self._reader.join(max(0.0, seconds))
+
+    def cancel(self) -> None:
+        """End the call without a word."""
+        self._call.cancel()
 
 
 class Video:
@@ -140,10 +214,10 @@ class Video:
         self._client = client
         self._deadline = deadline
         self._lock = threading.RLock()
+        self._turn = threading.Lock()
+        """Of the thread that waits for a chunk."""
         self._closed = False
-        self._requests: queue.SimpleQueue[pb.GenerateRequest | None] = queue.SimpleQueue()
-        self._call: Any = None
-        self._timer: threading.Timer | None = None
+        self._call: _Call | None = None
         self._connect()
 
     @property
@@ -154,12 +228,13 @@ class Video:
     def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
 
-        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError.
+        A prompt that the model cannot read is in `state.rejected` afterwards. Raises ClosedError, and SettingsError for
+        what cannot be sent.
         """
         with self._lock:
             self._check_open()
             request = self.state.ask(text, at_chunk)
-            self._requests.put(request)
+            self._send(request)
             return request.prompt.id
 
     def pause(self) -> None:
@@ -174,65 +249,70 @@ class Video:
         return self
 
     def __next__(self) -> RemoteChunk:
-        """The next chunk.
+        """The next chunk. Threads that ask at once take turns.
 
         Raises:
             StopIteration: the session is over.
+            DeadlineError: it did not come in time; it may be asked for again.
             ServiceError: the server refused, the session is lost, or no server came back in time.
-            ClosedError: the video was closed.
+            ClosedError: the video or its client was closed.
         """
-        state = self.state
-        since, attempt = time.monotonic(), 0
-        with self._lock:
-            self._check_open()
-            credit = state.credit()
-            if credit is not None:
-                self._requests.put(credit)
-        while True:
+        asked = time.monotonic()
+        until = math.inf if self._deadline is None else asked + self._deadline
+        with self._turn:
+            with self._lock:
+                self._check_open()
+                credit = self.state.credit()
+                if credit is not None:
+                    self._send(credit)
             error: ServiceError | None = None
-            try:
-                chunk = self._receive(since)
-                if chunk is not None:
-                    return chunk
-                if state.finished():
-                    raise StopIteration
-            except grpc.RpcError as failure:
-                error = error_from(failure)
+            while True:
+                try:
+                    chunk = self._receive(until)
+                    if chunk is not None:
+                        return chunk
+                    if self.state.finished():
+                        raise StopIteration
+                except queue.Empty:
+                    raise late(self._deadline) from error
+                except ServiceError as failure:
+                    error = failure
+                self._reconnect(error, until)
+
+    def _receive(self, until: float) -> RemoteChunk | None:
+        """The next chunk of the call, or None at its end."""
+        assert self._call is not None
+        while True:
+            left = None if until == math.inf else max(0.0, until - time.monotonic())
+            message = self._call.receive(left)
+            if message is None:
+                return None
+            with self._lock:
+                chunk = self.state.take(message)
+            if chunk is not None:
+                return chunk
+
+    def _reconnect(self, error: ServiceError | None, until: float) -> None:
+        """Wait a little and call again. Raises StopIteration where the video was closed, and as `pause_before`."""
+        if not self._closed:
+            self._client.check_open()
+            pause = self.state.pause_before(error, self._client.timeout if until == math.inf else math.inf)
+            time.sleep(min(pause, max(0.0, until - time.monotonic())))
+        with self._lock:
             if self._closed:
                 raise StopIteration
-            waited = time.monotonic() - since
-            time.sleep(state.pause_before(attempt, error, waited, self._client.timeout, self._deadline))
             self._connect()
-            attempt += 1
-
-    def _receive(self, since: float) -> RemoteChunk | None:
-        """The next chunk of the call, or None at its end."""
-        if self._deadline is not None:
-            self._timer = threading.Timer(
-                max(0.0, since + self._deadline - time.monotonic()), self._call.cancel
-            )
-            self._timer.daemon = True
-            self._timer.start()
-        try:
-            for message in self._call:
-                with self._lock:
-                    chunk = self.state.take(message)
-                if chunk is not None:
-                    return chunk
-            return None
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
 
     def _connect(self) -> None:
         with self._lock:
-            self._requests.put(None)  # ends the old call's iterator
-            requests: queue.SimpleQueue[pb.GenerateRequest | None] = queue.SimpleQueue()
-            self._requests = requests
+            if self._call is not None:
+                self._call.cancel()
             self.state.ended = None
-            for message in self.state.opening():
-                requests.put(message)
-        self._call = self._client.open(iter(requests.get, None))
+            self._call = _Call(self._client, self.state.opening())
+
+    def _send(self, message: pb.GenerateRequest) -> None:
+        assert self._call is not None
+        self._call.send(message)
 
     def _hold(self, paused: bool) -> None:
         with self._lock:
@@ -241,31 +321,36 @@ class Video:
             message = (
                 pb.GenerateRequest(pause=pb.Pause()) if paused else pb.GenerateRequest(resume=pb.Resume())
             )
-            self._requests.put(message)
+            self._send(message)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this video was closed: generate another one")
 
     def close(self) -> None:
-        """End the session on the server; twice is fine."""
+        """End the session on the server; twice is fine. Where no server answers it takes two seconds at most."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._requests.put(pb.GenerateRequest(stop=pb.Stop()))
-            self._requests.put(None)
+        assert self._call is not None
         if self.state.ended is None:
-            wait = threading.Timer(2.0, self._call.cancel)
-            wait.start()
-            try:
-                for message in self._call:  # so that stop arrives before the connection goes
-                    self.state.take(message)
-            except (grpc.RpcError, ServiceError):
-                pass  # the session ends on the server by itself, at the latest after its linger time
-            finally:
-                wait.cancel()
+            end = time.monotonic() + CLOSING
+            self._call.stop()
+            self._call.join(CLOSING)
+            with contextlib.suppress(ClosedError):
+                for pause in BACKOFF:
+                    if not self.state.was_cut(self._call.error) or time.monotonic() + pause > end:
+                        break
+                    time.sleep(pause)
+                    self._connect()
+                    self._call.stop()
+                    self._call.join(end - time.monotonic())
         self._call.cancel()
+
+    def __del__(self) -> None:
+        if self._call is not None:
+            self._call.stop()  # its reader does not hold the video: nobody will ask for another chunk
 
     def __enter__(self) -> Video:
         return self

@@ -12,26 +12,20 @@ ServiceError                a call failed (a SwiftVideoError); `code` is the gRP
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.v1 import generation_pb2 as pb
 
 SERVICE = "/swiftvideo.v1.GenerationService/"
-OPTIONS = (
-    ("grpc.max_receive_message_length", 256 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
+M = TypeVar("M", bound=Message)
 EncodingName = Literal["raw", "jpeg", "h264"]
 NAMES: dict[int, EncodingName] = {pb.ENCODING_RAW: "raw", pb.ENCODING_JPEG: "jpeg", pb.ENCODING_H264: "h264"}
 ENCODINGS: dict[str, pb.Encoding] = {
@@ -42,6 +36,10 @@ ENCODINGS: dict[str, pb.Encoding] = {
 KEPT_PROMPTS = 64
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 """Seconds before each reconnect; the last one repeats."""
+LONGEST = 4_000_000
+"""Seconds that a time may have: 32 bits of milliseconds."""
+CLOSING = 2.0
+"""Seconds that the end of a session may take on the server."""
 
 
 class ServiceError(SwiftVideoError):
@@ -109,35 +107,26 @@ def error_of(code: grpc.StatusCode, details: str | None, trailers: Sequence[Any]
     return TABLE[code](details or f"the call ended with {code.name} and no word why", code, hint)
 
 
+def late(deadline: float | None) -> DeadlineError:
+    """What a chunk that did not come in time means; the video goes on."""
+    text = f"no chunk came within {deadline:g} s: ask again, or give a longer deadline"
+    return DeadlineError(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
 LOCAL_FAILURE = "Internal error from Core"
 """What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
+WITHOUT_TLS = "WRONG_VERSION_NUMBER"
+"""What the handshake makes of an answer in clear text."""
 
 
 def error_from(error: Any) -> ServiceError:
     """The exception of gRPC's own."""
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == LOCAL_FAILURE:
         return UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
+    if WITHOUT_TLS in (error.details() or ""):
+        text = "the server does not speak TLS: serve with a certificate, or allow clear text (--no-tls, tls=False)"
+        return UnavailableError(text, grpc.StatusCode.UNAVAILABLE)
     return error_of(error.code(), error.details(), error.trailing_metadata())
-
-
-def open_channel(
-    module: Any,
-    address: str,
-    tls: bool | None,
-    root: str | Path | None,
-    certificate: str | Path | None,
-    key: str | Path | None,
-) -> Any:
-    """A channel of `module`, grpc or grpc.aio; TLS from PEM files. Raises SettingsError where one cannot be read."""
-    if not (tls if tls is not None else (root is not None or certificate is not None)):
-        return module.insecure_channel(address, OPTIONS)
-    if (certificate is None) != (key is None):
-        raise SettingsError("a client certificate and its key belong together: give both or neither")
-    try:
-        data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
-    except OSError as error:
-        raise SettingsError(f"TLS: {error}") from error
-    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,11 +186,19 @@ class VideoState:
         self.ended: pb.Ended | None = None
         self.on_notice: Callable[[pb.Notice], None] | None = None
         self._rho: float | None = None
+        self._broke: float | None = None
+        """When the outage began that is under way."""
+        self._attempts = 0
+        """Reconnects since the last chunk."""
 
     @property
     def can_resume(self) -> bool:
         """Whether a broken call may go on."""
         return self.started is not None and self.started.linger_ms > 0
+
+    def was_cut(self, error: ServiceError | None) -> bool:
+        """Whether a call that ended with `error` left a session behind."""
+        return self.can_resume and isinstance(error, UnavailableError)
 
     def opening(self) -> list[pb.GenerateRequest]:
         """The messages that begin a call."""
@@ -219,24 +216,23 @@ class VideoState:
         hold = pb.GenerateRequest(pause=pb.Pause()) if self.paused else pb.GenerateRequest(resume=pb.Resume())
         return [pb.GenerateRequest(reattach=reattach), hold]
 
-    def pause_before(
-        self, attempt: int, error: ServiceError | None, waited: float, timeout: float, deadline: float | None
-    ) -> float:
-        """Seconds until reconnect number `attempt`, the first being 0, of a call that broke with `error`.
+    def pause_before(self, error: ServiceError | None, patience: float) -> float:
+        """Seconds until the next reconnect of a call that broke with `error`.
 
-        waited: seconds since the chunk was asked for; it may take `deadline`, or `timeout` without one. Raises `error`
-        or what stands for it where a reconnect is of no use.
+        An outage begins when a call breaks and ends when the server is heard again. It has one reconnect at least, and
+        others for `patience` seconds. Raises `error`, or what stands for it, where reconnects are of no use or did not
+        help.
         """
-        if deadline is not None and waited >= deadline:
-            raise DeadlineError(
-                f"no chunk came within {deadline:g} s", grpc.StatusCode.DEADLINE_EXCEEDED
-            ) from error
+        now = time.monotonic()
+        if self._broke is None:
+            self._broke = now
         busy = isinstance(error, BusyError) and self.started is not None
-        if error is not None and not busy and not isinstance(error, UnavailableError):
-            raise error
-        if not self.can_resume or waited > (timeout if deadline is None else deadline):
+        lasting = error is not None and not busy and not isinstance(error, UnavailableError)
+        if lasting or not self.can_resume or now - self._broke > patience:
+            self._broke = None
             raise error or UnavailableError("the server closed the call", grpc.StatusCode.UNAVAILABLE)
-        return BACKOFF[min(attempt, len(BACKOFF) - 1)]
+        self._attempts += 1
+        return BACKOFF[min(self._attempts, len(BACKOFF)) - 1]
 
     def _order(self) -> list[str]:
         """Prompts as the server took them, then those that it has not spoken of.
@@ -248,8 +244,8 @@ class VideoState:
         return [*known, *(name for name in self.prompts if name not in self.accepted)]
 
     def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
-        """A new prompt."""
-        prompt = pb.Prompt(id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
+        """A new prompt. Raises SettingsError for one that cannot be sent."""
+        prompt = filled(pb.Prompt, id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
         self.prompts[prompt.id] = prompt
         while len(self.prompts) > KEPT_PROMPTS:
             oldest = next(iter(self.prompts))
@@ -267,7 +263,9 @@ class VideoState:
     def take(self, message: pb.GenerateResponse) -> RemoteChunk | None:
         """A message; the chunk if it is one that was not received before."""
         kind = message.WhichOneof("message")
+        self._broke = None
         if kind == "chunk":
+            self._attempts = 0
             return self._chunk(message.chunk)
         if kind == "started":
             self.started = message.started
@@ -335,6 +333,26 @@ class VideoState:
         )
 
 
+def filled(kind: type[M], **fields: Any) -> M:
+    """A message of these fields. Raises SettingsError where one cannot be sent."""
+    message = kind()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(
+                f"{kind.DESCRIPTOR.name.lower()}: {name} is {value!r:.60} ({error}): use whole numbers that are not "
+                "negative, and text that UTF-8 can hold"
+            ) from error
+    return message
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raises SettingsError where a time is no number of seconds, or would not fit into a message; None is fine."""
+    if value is not None and not 0 <= value <= LONGEST:
+        raise SettingsError(f"{name} is {value!r}: use 0 to {LONGEST} seconds")
+
+
 def start_of(
     prompt: str,
     seed: int,
@@ -354,15 +372,14 @@ def start_of(
         if policy not in kinds:
             raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
         policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
-    try:
-        return pb.Start(
-            prompt=prompt,
-            seed=seed,
-            credits=credits,
-            encoding=ENCODINGS[encoding],
-            policy=policy,
-            linger_ms=round(linger * 1000),
-            chunks=chunks,
-        )
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"start: {error}; use whole numbers that are not negative") from error
+    check_seconds("linger", linger)
+    return filled(
+        pb.Start,
+        prompt=prompt,
+        seed=seed,
+        credits=credits,
+        encoding=ENCODINGS[encoding],
+        policy=policy,
+        linger_ms=round(linger * 1000),
+        chunks=chunks,
+    )

@@ -17,7 +17,7 @@ BLOCKED = (
     "tensorrt_rtx",
 )
 
-SERVICE = tuple(f"swiftvideo.sdk.{name}" for name in ("server.", "client", "aio", "remote"))
+SERVICE = tuple(f"swiftvideo.sdk.{name}" for name in ("server.", "client", "aio", "remote", "connection"))
 
 IMPORT_ALL = f"""
 import importlib, importlib.abc, importlib.util, pkgutil, sys

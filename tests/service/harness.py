@@ -132,15 +132,14 @@ class ServerProcess:
 
 
 class CuttingProxy:
-    """A TCP proxy whose connections can be cut at any byte."""
+    """A TCP proxy whose connections can be cut at any byte, or fall silent."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._swallowing: set[asyncio.StreamWriter] = set()
         self.cuts = 0
-        self.hole = False
-        """Whether what comes in is swallowed, as by a network that is gone."""
 
     async def start(self) -> str:
         """Listen; the address."""
@@ -162,7 +161,7 @@ class CuttingProxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 14):
-                if not self.hole:
+                if writer not in self._swallowing:
                     writer.write(data)
                     await writer.drain()
         writer.transport.abort()
@@ -180,6 +179,10 @@ class CuttingProxy:
             writer.transport.abort()
         self._writers.clear()
 
+    def swallow(self) -> None:
+        """Let every connection stay open and carry nothing any more; new ones do."""
+        self._swallowing |= self._writers
+
     async def close(self) -> None:
         """End it."""
         self.cut()
@@ -188,6 +191,25 @@ class CuttingProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def proxied(port: int) -> Iterator[tuple[str, CuttingProxy, asyncio.AbstractEventLoop]]:
+    """A proxy for code without an event loop: its address, itself, and the loop for `call_soon_threadsafe`."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        proxy = CuttingProxy(port)
+        address = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(20)
+        try:
+            yield address, proxy, loop
+        finally:
+            asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+        loop.close()
 
 
 def generate(channel: Any, metadata: Sequence[tuple[str, str]] = (), timeout: float | None = 120) -> Any:

@@ -143,10 +143,10 @@ async def _cut(server: ServerProcess, pipeline: Any, count: int, seed: int) -> d
         video = client.generate("w1 w2", seed, credits=4, linger=60)
         connect = video._connect
 
-        async def counted() -> None:
+        def counted() -> Any:
             nonlocal calls
             calls += 1
-            await connect()
+            return connect()
 
         video._connect = counted  # type: ignore[method-assign]
         async with video:

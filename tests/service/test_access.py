@@ -13,9 +13,10 @@ from typing import Any
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
 from swiftvideo.runtime.errors import SettingsError
-from swiftvideo.sdk import remote
+from swiftvideo.sdk import cli, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.server.auth import TokenFile, identify
 from swiftvideo.sdk.server.config import MAX_MESSAGE, ServerConfig
@@ -246,6 +247,12 @@ def test_unsafe_or_impossible_settings_are_refused(fields: dict[str, Any], text:
         ServerConfig(**fields)
 
 
+def test_a_server_without_tls_is_said_to_be_one(server: ServerProcess) -> None:
+    with Client(server.address, tls=True, timeout=5) as client:
+        with pytest.raises(remote.UnavailableError, match="does not speak TLS"):
+            client.describe()
+
+
 def test_loopback_needs_nothing_and_insecure_allows_anything() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "[::1]"):
         assert ServerConfig(host=host).loopback
@@ -310,6 +317,11 @@ def test_mutual_tls_and_a_certificate_that_changes_while_serving(small_bundle: P
                 return client.describe().engine
 
         assert describe(pki.root, pki.client, pki.client_key) == "onnxruntime"
+        command = ["generate", "--server", server.address, "--token", CLIENT, "--root", pki.root]
+        command += ["--client-certificate", pki.client, "--client-key", pki.client_key]
+        command += ["--prompt", "w1 w2", "--seconds", "1s", "--out", tmp_path / "x.mp4"]
+        made = CliRunner().invoke(cli.app, [str(item) for item in command], catch_exceptions=False)
+        assert made.exit_code == 0 and "frames from" in made.output
         for certificate, key in ((None, None), (pki.stranger, pki.stranger_key)):
             with pytest.raises(remote.UnavailableError):
                 describe(pki.root, certificate, key)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import shutil
+import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from swiftvideo.sdk import aio, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import CuttingProxy, ServerProcess, heard, reference
+from .harness import ServerProcess, heard, proxied, reference
 
 ROOT = Path(__file__).parents[2]
 NODE = Path(__file__).parent / "node"
@@ -100,15 +101,6 @@ def test_jpeg_and_h264_are_what_they_say(server: ServerProcess) -> None:
         assert sum(1 for _ in container.decode(video=0)) == sum(map(len, raw))
 
 
-def test_deadlines_are_kept(server: ServerProcess) -> None:
-    with Client(server.address) as client, client.generate("w1", deadline=0.3, linger=0) as video:
-        next(video)
-        video.pause()
-        with pytest.raises(TimeoutError, match="no chunk came within"):
-            for _ in video:
-                pass
-
-
 def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
     with Client("127.0.0.1:1", timeout=0.5) as client:
         with pytest.raises(remote.UnavailableError):
@@ -122,34 +114,82 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
     [
         ({"encoding": "png"}, "encoding is 'png'"),
         ({"policy": "x"}, "policy is 'x'"),
-        ({"seed": -1}, "start:"),
+        ({"seed": -1}, "start: seed is -1"),
+        ({"chunks": 1.5}, r"start: chunks is 1\.5"),
+        ({"prompt": "w1 \ud800"}, r"prompt is 'w1 \\ud800'"),
+        ({"linger": math.inf}, "linger is inf"),
+        ({"linger": math.nan}, "linger is nan"),
+        ({"deadline": -1}, "deadline is -1"),
     ],
 )
 def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], text: str) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(SettingsError, match=text):
-        client.generate("w1", **fields)
+        client.generate(**{"prompt": "w1", **fields})
+
+
+def test_what_cannot_be_sent_is_said_and_changes_nothing(server: ServerProcess) -> None:
+    with Client(server.address) as client, client.generate("w1") as video:
+        for text, at_chunk, message in (
+            ("w1", -1, "at_chunk is -1"),
+            ("w1", 1 << 70, "at_chunk is 1180591620717411303424"),
+            ("\ud800", 0, r"text is '\\ud800'"),
+        ):
+            with pytest.raises(SettingsError, match=message):
+                video.prompt(text, at_chunk)
+        with pytest.raises(SettingsError, match="session_id"):
+            client.stop_session("\ud800")
+        assert not video.state.prompts and next(video).index == 0
+
+
+def test_a_client_that_was_closed_says_so(server: ServerProcess) -> None:
+    client = Client(server.address)
+    video = client.generate("w1", credits=1, linger=0)
+    next(video)
+    client.close()
+    for call in (client.describe, client.sessions, lambda: client.generate("w1"), lambda: next(video)):
+        with pytest.raises(ClosedError, match=f"the client of {server.address} was closed"):
+            call()
+    video.close()
+
+    async def run() -> None:
+        client = aio.Client(server.address)
+        video = client.generate("w1", credits=1, linger=0)
+        await anext(video)
+        waiting = asyncio.create_task(anext(video))
+        await asyncio.sleep(0)
+        await client.close()
+        for call in (client.describe(), client.sessions(), anext(video), waiting):
+            with pytest.raises(ClosedError, match=f"the client of {server.address} was closed"):
+                while True:
+                    await call
+                    call = anext(video)  # what had come before the end is there yet
+        with pytest.raises(ClosedError):
+            client.generate("w1")
+        await video.close()
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = aio.Client(f"127.0.0.1:{silent.getsockname()[1]}")
+            describing = asyncio.create_task(client.describe())
+            await asyncio.sleep(0.1)
+            await client.close()
+            with pytest.raises(ClosedError):
+                await describing
+
+    asyncio.run(run())
 
 
 def test_the_sync_client_resumes_after_cuts(server: ServerProcess, pipeline: Any) -> None:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        proxy = CuttingProxy(server.port)
-        address = asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(20)
-        made = []
-        with Client(address, timeout=30) as client, client.generate("w1 w2", seed=11) as video:
-            for chunk in video:
-                made.append(bytes(chunk.frames))
-                if chunk.index in (1, 4, 5):
-                    loop.call_soon_threadsafe(proxy.cut)
-                if chunk.index == 9:
-                    break
-        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(20)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
-        loop.close()
+    made = []
+    with (
+        proxied(server.port) as (address, proxy, loop),
+        Client(address, timeout=30) as client,
+        client.generate("w1 w2", seed=11, credits=1) as video,
+    ):
+        for chunk in video:
+            made.append(bytes(chunk.frames))
+            if chunk.index in (1, 4, 5):
+                loop.call_soon_threadsafe(proxy.cut)
+            if chunk.index == 9:
+                break
     assert proxy.cuts >= 3 and made == reference(pipeline, 11, 10, [])
 
 

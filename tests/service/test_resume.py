@@ -42,7 +42,9 @@ def run(
 
 async def lost(video: aio.Video, *kinds: str) -> None:
     """Read messages and forget them: the server has sent them, and a cut takes them."""
-    assert [(await video._call.read()).WhichOneof("message") for _ in kinds] == list(kinds)
+    call = video._connected()
+    seen = [await call.receive() for _ in kinds]
+    assert [message and message.WhichOneof("message") for message in seen] == list(kinds)
 
 
 def heard_at(record: Record) -> list[int]:
@@ -74,7 +76,7 @@ async def lose_the_chunk(video: aio.Video, proxy: CuttingProxy) -> None:
     await video.prompt("w8 w9")
     credit = video.state.credit()
     assert credit is not None
-    await video._send(credit)
+    video._send(credit)
     await lost(video, "prompt_accepted", "prompt_applied", "chunk")
     proxy.cut()
 

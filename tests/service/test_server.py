@@ -220,7 +220,7 @@ def test_a_connection_that_is_half_open_is_noticed(pipeline: Any, monkeypatch: p
             video = client.generate("w1", credits=1, linger=60)
             await anext(video)
             (session,) = server.manager.sessions.values()
-            proxy.hole = True
+            proxy.swallow()
             begin = time.monotonic()
             await asyncio.to_thread(wait_for, lambda: session.outbox is None)
             taken = time.monotonic() - begin

@@ -1,0 +1,68 @@
+"""How a client connects: channel options, TLS, and the token. Needs grpcio only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from swiftvideo.runtime.errors import SettingsError
+
+from .address import is_local
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", 256 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute otherwise, and it counts for keepalive too
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+def metadata_of(token: str | None) -> tuple[tuple[str, str], ...]:
+    """What every call carries. Raises SettingsError for a token that no server can have given out."""
+    if token is None:
+        return ()
+    wrong = next((index for index, letter in enumerate(token) if not "!" <= letter <= "~"), None)
+    if not token:
+        raise SettingsError("the token is empty: give the one that the operator made, or none")
+    if wrong is not None:  # the token itself is not shown: messages end up in logs
+        raise SettingsError(
+            f"character {wrong + 1} of the token is {token[wrong]!r}: a token has printable ASCII characters alone, "
+            "no spaces and no line ends"
+        )
+    return (("authorization", f"Bearer {token}"),)
+
+
+def open_channel(
+    module: Any,
+    address: str,
+    token: str | None,
+    tls: bool | None,
+    root: str | Path | None,
+    certificate: str | Path | None,
+    key: str | Path | None,
+) -> Any:
+    """A channel of `module`, grpc or grpc.aio.
+
+    Where `tls` is None it has TLS if a PEM file is given, or if the token would leave this machine.
+
+    Raises SettingsError where a file cannot be read, or the settings contradict each other.
+    """
+    given = root is not None or certificate is not None or key is not None
+    if tls is None:
+        tls = given or (token is not None and not is_local(address))
+    if not tls:
+        if given:
+            raise SettingsError("tls is False and PEM files are given: leave one of them out")
+        return module.insecure_channel(address, OPTIONS)
+    if (certificate is None) != (key is None):
+        raise SettingsError("a client certificate and its key belong together: give both or neither")
+    try:
+        data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
+    except OSError as error:
+        raise SettingsError(f"TLS: {error}") from error
+    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
