@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
 from .machine import version
+from .parts import needing
 from .server.command import serve
 
 app = typer.Typer(
@@ -106,7 +107,6 @@ def generate(
     ] = None,
 ) -> None:
     """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
-    from . import generate as work
     from .output import check_output
     from .story import override, read_story, story_from_options
 
@@ -121,25 +121,28 @@ def generate(
         else:
             told = story_from_options(prompt or [], at or [], seconds, seed or 0, policy)
         check_output(out, (".mp4",))
-        if server is not None:
-            from .client import Client
-            from .server.generating import generate as from_server
-
-            if contact_sheet is not None or bundle is not None or threads is not None:
-                raise UsageError(
-                    "--contact-sheet, --bundle and --threads do not go with --server: leave them out"
-                )
-            with Client(
-                server, token, tls=tls, root=root, certificate=client_certificate, key=client_key
-            ) as client:
-                from_server(client, told, out, as_json)
-            return
         if contact_sheet is not None:
             check_output(contact_sheet, (".png",))
-        from .engines import open_pipeline
+        connection = {"root": root, "certificate": client_certificate, "key": client_key, "tls": tls}
+        if server is not None:
+            if bundle is not None or threads is not None or engine != "auto":
+                raise UsageError("--bundle, --engine and --threads do not go with --server: leave them out")
+            with needing("serve", "--server"), progress:
+                from .client import Client
+                from .generate_remote import generate_on
 
-        with open_pipeline(bundle, engine, threads) as pipeline, progress:
-            report = work.generate(pipeline, told, out, contact_sheet, progress.update)
+                with Client(server, token, **connection) as client:
+                    report = generate_on(client, told, out, contact_sheet, progress.update)
+        else:
+            if any(value is not None for value in connection.values()):
+                raise UsageError(
+                    "--tls, --root, --client-certificate and --client-key belong to --server: give that, too"
+                )
+            from .engines import open_pipeline
+            from .generate import generate as work
+
+            with open_pipeline(bundle, engine, threads) as pipeline, progress:
+                report = work(pipeline, told, out, contact_sheet, progress.update)
     except SwiftVideoError as error:
         if as_json:
             typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
@@ -212,7 +215,7 @@ def _say(report: Any) -> None:
     typer.echo(
         f"{report.video}: {report.frames} frames, {report.frames / report.fps:.2f} s at {report.fps} fps, "
         f"{report.width}x{report.height}, {report.codec}; made at {report.rate:.1f} frames per second "
-        f"with {report.engine}, decoding and writing included"
+        f"with {report.engine}{f' on {report.server}' if report.server else ''}, decoding and writing included"
     )
     if report.sheet is not None:
         typer.echo(f"{report.sheet}: contact sheet")

@@ -7,6 +7,8 @@ from pathlib import Path
 from swiftvideo.runtime import Pipeline, load
 from swiftvideo.runtime.errors import SettingsError
 
+from .parts import needing
+
 TORCH = {"torch": None, "torch:cpu": "cpu", "torch:cuda": "cuda"}
 """Devices by engine name; None: the GPU that torch sees, else the CPU."""
 ENGINES = ("auto", "onnxruntime", "tensorrt", *TORCH)
@@ -24,9 +26,7 @@ def open_pipeline(bundle: Path | None = None, engine: str = "auto", threads: int
         raise SettingsError(f"engine is {engine!r}: use {', '.join(map(repr, ENGINES))}")
     if engine not in TORCH:
         return load(bundle, engine, threads)
-    from .exporting import needing_torch
-
-    with needing_torch(f"engine {engine!r}"):
+    with needing("export", f"engine {engine!r}"):
         from swiftvideo.export.restore import open_torch
 
         return open_torch(bundle, TORCH[engine], threads)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,12 @@ from rich.table import Table
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
 from .inspect import show as show_bundle
+from .parts import needing
 from .plans import build as build_plans, check_targets
-
-INSTALL = "pip install 'swiftvideo[export]'"
-
-
-class MissingPartError(SwiftVideoError):
-    """A library that only some commands need is not installed."""
 
 
 class MismatchError(SwiftVideoError):
     """An engine computes something else than the torch reference."""
-
-
-@contextmanager
-def needing_torch(what: str) -> Iterator[None]:
-    """Turn a missing library of the `export` extra into `MissingPartError`; other missing modules stay bugs."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if not error.name or error.name.startswith("swiftvideo"):
-            raise
-        raise MissingPartError(f"{what} needs {error.name}, which is not installed: {INSTALL}") from error
 
 
 def export(
@@ -76,7 +58,7 @@ def export(
                 f"{given} without CHECKPOINT: --target alone adds plans to the bundle that is there, as it is; give "
                 "CHECKPOINT to export one, or leave them out"
             )
-        with needing_torch("building plans"):
+        with needing("export", "building plans"):
             build_plans(out, targets, plugins, Console())
         return
     if (checkpoint is None) == (random is None):
@@ -90,7 +72,7 @@ def export(
     if not plugins and not targets:
         raise UsageError("--no-plugins without --target: it is about plans, leave it out")
     dtype = "fp32" if dtype is None else dtype
-    with needing_torch("exporting"):
+    with needing("export", "exporting"):
         from swiftvideo.export.bundle import DTYPES, export_bundle
         from swiftvideo.export.checkpoint import load_checkpoint, read_outline
         from swiftvideo.export.destination import check_destination
@@ -159,7 +141,7 @@ def verify(
     given = _given({"--backbone": backbone, "--lora": lora, "--lora-alpha": lora_alpha})
     if checkpoint is None and given:
         raise UsageError(f"{given} without --checkpoint: they change one, give it too, or leave them out")
-    with needing_torch("verifying"):
+    with needing("export", "verifying"):
         from swiftvideo.export.bundle import DTYPES
         from swiftvideo.export.checkpoint import load_checkpoint
         from swiftvideo.export.verify import verify_bundle

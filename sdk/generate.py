@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swiftvideo.runtime import Chunk, Pipeline
+from swiftvideo.runtime import EngineError, Pipeline
 
 from . import sheet
 from .interrupts import Interrupts
 from .output import check_output
 from .story import Shot, Story, schedule, video_frames
-from .video import VideoWriter
+from .video import Frames, VideoWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,12 @@ class Report:
     height: int
     fps: int
     seed: int
-    policy: str
+    policy: str | None
+    """None: the server's."""
     engine: str
-    codec: str
+    codec: str = ""
+    server: str | None = None
+    """Where it was made, unless here."""
     sheet: Path | None = None
     planned: int = 0
     """Video frames asked for."""
@@ -79,6 +83,7 @@ class Report:
             "seed": self.seed,
             "policy": self.policy,
             "engine": self.engine,
+            "server": self.server,
             "elapsed_seconds": round(self.elapsed, 6),
             "frames_per_second": round(self.rate, 3),
             "interrupted": bool(self.interrupted),
@@ -97,12 +102,17 @@ class Report:
         }
 
 
+Item = tuple[int, Frames, Any]
+"""Number of the prompt that made a chunk, as the shots count; its frames; the chunk."""
+OnChunk = Callable[[Any, Report], None]
+
+
 def generate(
     pipeline: Pipeline,
     story: Story,
     out: str | Path,
     contact_sheet: str | Path | None = None,
-    on_chunk: Callable[[Chunk, Report], None] | None = None,
+    on_chunk: OnChunk | None = None,
 ) -> Report:
     """Make `story` into the MP4 file `out`, and a PNG `contact_sheet` if asked for.
 
@@ -119,29 +129,52 @@ def generate(
     """
     geometry = pipeline.geometry
     shots = schedule(story, geometry)
+
+    @contextmanager
+    def chunks() -> Iterator[Iterator[Item]]:
+        with pipeline.session(story.cues[0].prompt, story.seed, story.policy) as session:
+            for shot in shots[1:]:
+                session.prompt(shot.cue.prompt, at_frame=shot.frame)
+            yield ((chunk.prompt_id, chunk.frames, chunk) for chunk in session)
+
+    report = Report(
+        *(Path(out), geometry.width, geometry.height, geometry.fps, story.seed),
+        *(story.policy or pipeline.settings.policy, pipeline.engine.name),
+        planned=video_frames(story, geometry),
+    )
+    return record(chunks(), shots, report, contact_sheet, on_chunk)
+
+
+def record(
+    source: AbstractContextManager[Iterator[Item]],
+    shots: tuple[Shot, ...],
+    report: Report,
+    contact_sheet: str | Path | None = None,
+    on_chunk: OnChunk | None = None,
+) -> Report:
+    """Write what `source` makes to `report.video`, and tell the rest of the report.
+
+    Raises as `generate`, and what the source raises.
+    """
     sheet_path = None if contact_sheet is None else check_output(contact_sheet, (".png",))
+    rows = [sheet.Row(shot.cue.prompt, f"from {shot.first_frame / report.fps:.2f} s") for shot in shots]
     with Interrupts() as interrupts:
         writer: VideoWriter | None = None
-        rows = [sheet.Row(shot.cue.prompt, f"from {shot.first_frame / geometry.fps:.2f} s") for shot in shots]
         try:
-            with pipeline.session(story.cues[0].prompt, story.seed, story.policy) as session:
-                for shot in shots[1:]:
-                    session.prompt(shot.cue.prompt, at_frame=shot.frame)
+            with source as items:
                 with interrupts.shield():
-                    writer = VideoWriter(out, geometry.width, geometry.height, geometry.fps)
-                    report = Report(
-                        *(writer.path, geometry.width, geometry.height, geometry.fps, story.seed),
-                        *(session.settings.policy, pipeline.engine.name, writer.codec),
-                        planned=video_frames(story, geometry),
-                    )
+                    writer = VideoWriter(report.video, report.width, report.height, report.fps)
+                    report.codec = writer.codec
                 begin = time.perf_counter()
                 while report.frames < report.planned:
-                    chunk = next(session)
+                    item = next(items, None)
+                    if item is None:
+                        raise EngineError(f"the video ended after {report.frames} of {report.planned} frames")
                     with interrupts.shield():
-                        _take(chunk, report, writer, shots, rows)
+                        _take(item, report, writer, shots, rows)
                         report.elapsed = time.perf_counter() - begin
                         if on_chunk is not None:
-                            on_chunk(chunk, report)
+                            on_chunk(item[2], report)
         except KeyboardInterrupt:
             if writer is None:
                 raise
@@ -155,20 +188,19 @@ def generate(
 
 
 def _take(
-    chunk: Chunk, report: Report, writer: VideoWriter, shots: tuple[Shot, ...], rows: list[sheet.Row]
+    item: Item, report: Report, writer: VideoWriter, shots: tuple[Shot, ...], rows: list[sheet.Row]
 ) -> None:
     """Write a chunk's frames, the last ones cut to what was planned, and note its switch."""
-    frames = chunk.frames[: report.planned - report.frames]
+    number, frames, chunk = item
+    frames = frames[: report.planned - report.frames]
     writer.write(frames)
     report.frames = writer.frames
     report.windows.append(chunk.window)
-    row = rows[chunk.prompt_id]
+    row = rows[number]
     row.add(frames)
     if chunk.mode:
-        shot, shown = shots[chunk.prompt_id], chunk.first_frame / report.fps
-        report.switches.append(
-            Switch(shot.cue.prompt, shot.cue.at, shown, chunk.first_frame, chunk.mode, chunk.rho)
-        )
+        cue, shown = shots[number].cue, chunk.first_frame / report.fps
+        report.switches.append(Switch(cue.prompt, cue.at, shown, chunk.first_frame, chunk.mode, chunk.rho))
         strength = "" if chunk.rho is None else f", rho {chunk.rho:.2f}"
         row.switched, row.note = True, f"switch at {shown:.2f} s: {chunk.mode}{strength}"
 

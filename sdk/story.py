@@ -15,12 +15,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from swiftvideo.runtime.errors import UsageError
-from swiftvideo.runtime.geometry import Geometry
 
 _TIME = re.compile(
     r"(?=[\d.])(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d*\.?\d+)s)?(?:(\d*\.?\d+)ms)?", re.ASCII | re.IGNORECASE
@@ -246,7 +245,19 @@ class Shot:
     """Video frame shown first under this prompt."""
 
 
-def schedule(story: Story, geometry: Geometry) -> tuple[Shot, ...]:
+class Clock(Protocol):
+    """How a model divides time; `Geometry` is one."""
+
+    @property
+    def fps(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def temporal_stride(self) -> int: ...
+    def video_frames(self, start: int, frames: int) -> int: ...
+
+
+def schedule(story: Story, geometry: Clock) -> tuple[Shot, ...]:
     """When each prompt takes effect: at the first chunk boundary at or after its time, one prompt per boundary.
 
     Raises:
@@ -271,6 +282,6 @@ def schedule(story: Story, geometry: Geometry) -> tuple[Shot, ...]:
     return tuple(shots)
 
 
-def video_frames(story: Story, geometry: Geometry) -> int:
+def video_frames(story: Story, geometry: Clock) -> int:
     """Video frames of the whole story, at least one."""
     return max(1, round(story.seconds * geometry.fps))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from swiftvideo.runtime.errors import EngineUnavailableError
+from swiftvideo.sdk.parts import needing
 
 from .config import ServerConfig
 
@@ -100,11 +100,9 @@ def serve(
     from swiftvideo.sdk.engines import open_pipeline
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines on stderr are no JSON
-    try:
+    with needing("serve", "serving"):
         from . import logs, tracing
         from .server import serve as work
-    except ModuleNotFoundError as error:
-        raise EngineUnavailableError(f"{error.name} is missing: pip install 'swiftvideo[serve]'") from error
     logs.configure(log_level.upper())
     end_tracing = tracing.configure()
     with open_pipeline(bundle, engine, threads) as pipeline:

@@ -24,7 +24,7 @@ from swiftvideo.runtime.errors import (
 )
 from swiftvideo.runtime.manifest import Manifest, measure_files
 from swiftvideo.sdk import engines
-from swiftvideo.sdk.exporting import MissingPartError
+from swiftvideo.sdk.parts import MissingPartError
 
 from . import small
 

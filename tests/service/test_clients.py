@@ -7,17 +7,20 @@ import io
 import json
 import math
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from swiftvideo.runtime.errors import ClosedError, SettingsError
-from swiftvideo.sdk import aio, remote
+from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
+from swiftvideo.sdk import aio, cli, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
 
@@ -222,19 +225,60 @@ def test_policy_settings_reach_the_runtime(server: ServerProcess) -> None:
 
 
 def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: Path) -> None:
-    out = tmp_path / "x.mp4"
+    out, sheet = tmp_path / "x.mp4", tmp_path / "x.png"
     command = [sys.executable, "-c", "from swiftvideo.sdk.cli import main; main()", "generate"]
     command += ["--server", server.address, "--out", str(out), "--seconds", "6s", "--json"]
+    command += ["--contact-sheet", str(sheet)]
     command += ["--prompt", "w1 w2", "--at", "3s", "--prompt", "w3 w4"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["frames"] == 30 and out.stat().st_size > 500
+    assert report["frames"] == report["frames_planned"] == 30 and out.stat().st_size > 500
+    assert (report["server"], report["seed"], report["seconds"]) == (server.address, 0, 6.0)
+    assert sheet.stat().st_size > 500 and report["contact_sheet"] == str(sheet)
     assert [switch["prompt"] for switch in report["switches"]] == ["w3 w4"]
     refused = subprocess.run(
         [*command, "--prompt", "nonsense", "--at", "4s"], capture_output=True, text=True, check=False
     )
     assert refused.returncode == 2 and "nonsense" in refused.stderr and "Traceback" not in refused.stderr
+    late = subprocess.run(
+        [*command, "--prompt", "w5", "--at", "5.9s"], capture_output=True, text=True, check=False
+    )
+    assert late.returncode == 2 and "would take effect at" in late.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--server", "localhost:1", "--engine", "torch"], "do not go with --server"),
+        (["--root", "absent.pem"], "belong to --server"),
+        (["--tls"], "belong to --server"),
+    ],
+)
+def test_options_of_the_other_way_are_refused(tmp_path: Path, flags: list[str], words: str) -> None:
+    given = ["generate", "--out", str(tmp_path / "x.mp4"), "--prompt", "w1", *flags]
+    result = CliRunner().invoke(cli.app, given)
+    assert isinstance(result.exception, UsageError) and words in str(result.exception)
+
+
+def test_an_interrupted_video_of_a_server_is_kept(server: ServerProcess, tmp_path: Path) -> None:
+    out = tmp_path / "x.mp4"
+    given = ["--server", server.address, "--out", str(out), "--seconds", "9999", "--json", "--prompt", "w1"]
+    program = "from swiftvideo.sdk.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, "generate", *given], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (out.exists() and out.stat().st_size > 2000):
+            assert child.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        child.send_signal(signal.SIGTERM)
+        told, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    report = json.loads(told)
+    assert child.returncode == 128 + signal.SIGTERM and report["interrupted"] and report["frames"] > 0
 
 
 def node_modules(folder: Path) -> Path | None:

@@ -1,0 +1,74 @@
+"""`swiftvideo generate --server`: a story made elsewhere, written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from swiftvideo.runtime import PromptError
+from swiftvideo.v1 import generation_pb2 as pb
+
+from .client import Client, Video
+from .generate import Item, OnChunk, Report, record
+from .story import Shot, Story, schedule, video_frames
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteClock:
+    """A server's model as `story.schedule` asks for it."""
+
+    fps: int
+    chunk: int
+    temporal_stride: int
+
+    @classmethod
+    def of(cls, geometry: pb.Geometry) -> RemoteClock:
+        """A video's very first latent frame is one frame, any other `temporal_stride`."""
+        stride = geometry.chunk_frames - geometry.first_chunk_frames + 1
+        return cls(geometry.fps, geometry.chunk_frames // stride, stride)
+
+    def video_frames(self, start: int, frames: int) -> int:
+        """As `Geometry.video_frames`."""
+        return frames * self.temporal_stride - (self.temporal_stride - 1 if start == 0 and frames else 0)
+
+
+def generate_on(
+    client: Client,
+    story: Story,
+    out: str | Path,
+    contact_sheet: str | Path | None = None,
+    on_chunk: OnChunk | None = None,
+) -> Report:
+    """`generate.generate` on a server, with the same files and the same report.
+
+    Raises ServiceError; UsageError where the story does not fit the model; OutputError.
+    """
+    about = client.describe()
+    geometry, clock = about.geometry, RemoteClock.of(about.geometry)
+    shots, planned = schedule(story, clock), video_frames(story, clock)
+    count = 1 + max(0, -(-(planned - geometry.first_chunk_frames) // geometry.chunk_frames))
+
+    @contextmanager
+    def chunks() -> Iterator[Iterator[Item]]:
+        first = story.cues[0].prompt
+        with client.generate(first, story.seed, policy=story.policy, chunks=count) as video:
+            ids = ["", *(video.prompt(shot.cue.prompt, shot.boundary // clock.chunk) for shot in shots[1:])]
+            yield _items(video, shots, ids)
+
+    report = Report(
+        *(Path(out), geometry.width, geometry.height, geometry.fps, story.seed, story.policy, about.engine),
+        server=client.address,
+        planned=planned,
+    )
+    return record(chunks(), shots, report, contact_sheet, on_chunk)
+
+
+def _items(video: Video, shots: tuple[Shot, ...], ids: list[str]) -> Iterator[Item]:
+    for chunk in video:
+        for id, reason in video.state.rejected.items():
+            raise PromptError(f"prompt {shots[ids.index(id)].cue.prompt!r} was refused: {reason}")
+        yield ids.index(chunk.prompt_id), np.asarray(chunk.frames), chunk
