@@ -24,7 +24,7 @@ from swiftvideo.runtime.rollout import Rollout
 
 MODEL, HEIGHT, WIDTH = "wan2.1-t2v-1.3b", 480, 832
 KEYS = 4.0
-"""Size of the cache's keys. Over thousands of keys of size 1 attention is nearly a mean, and losing it would not show."""
+"""Size of the cached keys. Over thousands of size 1 attention is nearly their mean: losing it would not show."""
 
 
 @contextmanager
