@@ -308,8 +308,10 @@ class CudaSession(TorchSession):
         """See `EngineSession.close`."""
         self.lane.wait()
         self.decoding.wait()
+        for held in self.buffers.values():
+            held.run = None  # this and the module's attention refer back: they would stay until Python looks for cycles
+        self.module.__dict__.pop("attention", None)
         self.buffers, self.current, self.prompt, self.cross = {}, None, None, ()
-        self.module.__dict__.pop("attention", None)  # a method of this session, which it would keep
         super().close()
 
     def _prepared(self, now: _Buffers) -> Callable[[], None]:
