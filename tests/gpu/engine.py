@@ -174,7 +174,6 @@ def ablations(bench: Bench, engine: Callable[[], CudaEngine], record: Record, re
     """Milliseconds of a forward at the whole window and of decoding, where what is left out changes them."""
 
     def measured(options: Options, parts: Sequence[str]) -> dict[str, float]:
-        torch._dynamo.reset()  # it compiles a method so often and no oftener, whatever engine it is of
         changed = engine() if options == Options() else bench.engine(options)
         row = {}
         if "forward" in parts:
