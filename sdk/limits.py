@@ -70,14 +70,9 @@ class Gpu:
         """Until the GPU has done all that it was given."""
         self._torch.cuda.synchronize(self.device)
 
-    def memory_mib(self, forget_peak: bool = False) -> dict[str, float]:
-        """`allocated`: tensors now; `peak`: the most so far; `reserved`: what the process holds.
-
-        forget_peak: of earlier work, before this is read.
-        """
+    def memory_mib(self) -> dict[str, float]:
+        """`allocated`: tensors now; `peak`: the most so far; `reserved`: what the process holds."""
         cuda = self._torch.cuda
-        if forget_peak:
-            cuda.reset_peak_memory_stats(self.device)
         values = {
             "allocated": cuda.memory_allocated(self.device),
             "peak": cuda.max_memory_allocated(self.device),

@@ -117,8 +117,8 @@ def _frequencies(pairs: int, device: torch.device | None = None) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotate interleaved pairs (2j, 2j+1) of x [B,N,n,d] by cos, sin [B,N,1,d/2]; [B,N,n,d] in `dtype`.
 
-    The halves are cast before they are stacked: Inductor writes what is stacked, and would write it in float32. Swapping
-    the pairs with `flip` would fuse wholly, but ONNX Runtime takes three times as long for it.
+    The halves are cast before they are stacked: Inductor writes what is stacked, and would write it in float32.
+    Swapping the pairs with `flip` would fuse wholly, but ONNX Runtime takes three times as long for it.
     """
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     halves = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)

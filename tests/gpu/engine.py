@@ -123,9 +123,11 @@ def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks
 def steady(
     bench: Bench, engine: CudaEngine, settings: PolicySettings, behind: int | None, chunks: int
 ) -> dict[str, Any]:
-    """Figures of a video without switches; memory: what is allocated before it, in it, and its peak."""
+    """Figures of a video without switches; memory: before it, and while it is open, with its peak."""
     gpu = gpu_of(engine)
-    before = gpu.memory_mib(forget_peak=True) if gpu else None
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(bench.device)  # numbers and captures before it held more
+    before = gpu.memory_mib() if gpu else None
     rollout = bench.roll(engine, bench.prompt(engine, 1), settings)
     walls, windows, decoded, decoder = [], [], deque[Any](), ThreadPoolExecutor(1)
     for _ in range(chunks):
