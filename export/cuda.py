@@ -5,7 +5,8 @@
 - Attention over the cache, injection and the placing of rows are this project's kernels (export/kernels), compiled for
   the GPU when the engine is made: no key is gathered, and nothing waits for the table's lengths.
 - torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, GELU, gates.
-- The VAE's weights lie channels last; it decodes on a stream of its own, beside the context pass.
+- The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass.
+- All sessions of an engine share its two streams, and take turns where threads run several (export/lanes.py).
 - What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
   made are waited for.
 
@@ -90,14 +91,16 @@ class CudaEngine(TorchEngine):
             )
         self.options = options or Options()
         schedule = schedule or Schedule()
-        module = Denoise(model.to("cpu"), geometry, schedule)  # makes its tables on the CPU
+        module = Denoise(model, geometry, schedule)
         super().__init__(model, geometry, schedule, decoder, text_encoder, device, times)
         self.denoising = module.to(self.device)
         self.denoising.e, self.denoising.e0 = self.times
+        self.lane, self.decoding = Lane(self.device), Lane(self.device)
         self.kernels: dict[str, Any] = {}
         self._decode: Any = super().decode
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark_limit = 4
             for parameter in self.model.parameters():  # those of a bundle may be transposed views
                 parameter.data = parameter.data.contiguous()
             if self.options.kernels:
@@ -107,6 +110,7 @@ class CudaEngine(TorchEngine):
                 self._decode = torch.compile(self._decode, dynamic=False)
         if self.decoder is not None and self.options.channels_last:
             channels_last(self.decoder)
+            self.cache_format = torch.channels_last_3d
 
     def _compile_kernels(self) -> None:
         from swiftvideo.runtime.plugins.launch import cuda_driver
@@ -127,8 +131,9 @@ class CudaEngine(TorchEngine):
         return made
 
     def decode(self, latents: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """See `TorchEngine.decode`."""
-        frames, new = self._decode(latents, caches)
+        """See `TorchEngine.decode`. What is compiled is for whole chunks: a video's first, a frame short, is rare."""
+        whole = latents.shape[1] == self.geometry.chunk
+        frames, new = (self._decode if whole else super().decode)(latents, caches)
         return frames, list(new)
 
     def open(self, batch: int = 1) -> CudaSession:
@@ -152,12 +157,12 @@ class _Buffers:
 
 
 class CudaSession(TorchSession):
-    """Tensors of one session on a GPU, its two streams, and the captured graph of a chunk's forward."""
+    """Tensors of one session on a GPU, and the captured graph of a chunk's forward."""
 
     engine: CudaEngine
 
     def __init__(self, engine: CudaEngine, batch: int) -> None:
-        self.lane, self.decoding = Lane(engine.device), Lane(engine.device)
+        self.lane, self.decoding = engine.lane, engine.decoding
         with self.lane():
             super().__init__(engine, batch)
             g = engine.geometry
@@ -175,7 +180,7 @@ class CudaSession(TorchSession):
         self.current: _Buffers | None = None
 
     def sent(self, value: NDArray[Any]) -> Tensor:
-        """A tensor of the session's lane; nothing waits for the copy."""
+        """A tensor of the engine's lane; nothing waits for the copy."""
         return self.lane.send(value)
 
     def load(self, latents: Float32) -> None:
@@ -303,6 +308,9 @@ class CudaSession(TorchSession):
         """See `EngineSession.close`."""
         self.lane.wait()
         self.decoding.wait()
+        for held in self.buffers.values():
+            held.run = None  # this and the module's attention refer back: they would stay until Python looks for cycles
+        self.module.__dict__.pop("attention", None)
         self.buffers, self.current, self.prompt, self.cross = {}, None, None, ()
         super().close()
 

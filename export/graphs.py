@@ -92,7 +92,8 @@ class Denoise(nn.Module):
         self.model = model
         self.scale = geometry.head_dim**-0.5
         with torch.no_grad():
-            e, e0 = model.time_embed(torch.tensor(schedule.passes)[None])
+            passes = torch.tensor(schedule.passes, device=model.patch_embedding.weight.device)
+            e, e0 = model.time_embed(passes[None])
         cos, sin = model.space_rope(
             geometry.latent_height // geometry.patch[1], geometry.latent_width // geometry.patch[2]
         )

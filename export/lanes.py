@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,21 @@ from torch import Tensor
 
 
 class Lane:
-    """A stream of the GPU; on the CPU, which has none, whoever calls."""
+    """A stream of the GPU; on the CPU, which has none, whoever calls.
+
+    Any thread may use it. One at a time puts work in, so what is captured is the capturing thread's alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._held = RLock()
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self) -> AbstractContextManager[Any]:
-        """Work inside goes to this stream."""
-        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Work inside goes to this stream; other threads wait with theirs."""
+        with self._held, nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            yield
 
     @property
     def handle(self) -> int:
@@ -59,10 +66,16 @@ class Lane:
         with self():
             for _ in range(3):
                 work()
-        self.wait()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+            self.wait()
+            graph = torch.cuda.CUDAGraph()
+            collecting = gc.isenabled()
+            gc.disable()  # a collection would free others' graphs and tensors while this one is recorded
+            try:
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                    work()
+            finally:
+                if collecting:
+                    gc.enable()
         return graph.replay
 
     def _host(self, value: NDArray[Any]) -> Tensor:

@@ -53,28 +53,36 @@ def random_outline(name: str) -> Outline:
 def random_checkpoint(
     name: str, *, dtype: torch.dtype = torch.float32, full_text_encoder: bool = False, seed: int = 0
 ) -> Checkpoint:
-    """A checkpoint of a preset's architecture. Weights are made in `dtype` directly, never as float32 first.
-
-    Raises SettingsError for an unknown name.
-    """
-    outline = random_outline(name)
-    config = outline.config
+    """A checkpoint of a preset's architecture, its weights on the CPU; see `random_video_models`."""
     generator = torch.Generator().manual_seed(seed)
+    backbone, vae = random_video_models(name, dtype, generator)
     layers = UMT5_XXL["num_layers"] if full_text_encoder else SHORT_LAYERS
     text = UMT5Config(**UMT5_XXL | {"num_layers": layers}, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     with torch.device("meta"):
-        backbone, encoder, vae = CausalWanModel(config), UMT5EncoderModel(text), AutoencoderKLWan()
-    backbone = _fill(backbone, dtype, generator)
-    encoder, vae = _fill(encoder, dtype, generator), _fill(vae, dtype, generator)
+        encoder = UMT5EncoderModel(text)
     return Checkpoint(
         kind=f"random {name}, seed {seed}",
         backbone=backbone,
-        text_encoder=TextEncoder(encoder),
-        vae=StreamingDecoder(vae),
+        text_encoder=TextEncoder(_fill(encoder, dtype, generator)),
+        vae=vae,
         tokenizer=word_tokenizer(WORDS),
-        info=outline.info,
+        info=random_outline(name).info,
         sha256=hashlib.sha256(f"{name} {seed} {full_text_encoder}".encode()).hexdigest(),
     )
+
+
+def random_video_models(
+    name: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[CausalWanModel, StreamingDecoder]:
+    """Backbone and VAE of a preset's architecture. Weights are made on the generator's device and in `dtype` directly.
+
+    Raises SettingsError for an unknown name.
+    """
+    config = random_outline(name).config
+    with torch.device("meta"):
+        backbone, vae = CausalWanModel(config), AutoencoderKLWan()
+    backbone, vae = _fill(backbone, dtype, generator), _fill(vae, dtype, generator)
+    return backbone, StreamingDecoder(vae).to(generator.device)
 
 
 def _fill(module: M, dtype: torch.dtype, generator: torch.Generator) -> M:
@@ -85,7 +93,7 @@ def _fill(module: M, dtype: torch.dtype, generator: torch.Generator) -> M:
             if parameter in made:
                 setattr(owner, name, made[parameter])
                 continue
-            value = torch.empty(parameter.shape, dtype=dtype)
+            value = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
             if name == "modulation":
                 value.normal_(std=value.shape[-1] ** -0.5, generator=generator)
             elif value.ndim >= 2 and name != "gamma":

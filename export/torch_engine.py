@@ -43,6 +43,8 @@ class TorchEngine:
     """
 
     name = "torch"
+    cache_format = torch.preserve_format
+    """How sessions keep the VAE's caches."""
 
     def __init__(
         self,
@@ -256,9 +258,12 @@ class TorchSession:
         if x.shape[1]:
             later, caches = self.engine.decode(x, caches)
             frames.append(later)
-        # Each is the end of an activation, all of which it would keep: copies take a sixth, and keep their strides.
-        self.vae_caches = [cache.clone() for cache in caches]
+        self.vae_caches = self._kept(caches)
         return frames[0] if len(frames) == 1 else torch.cat(frames, 1)
+
+    def _kept(self, caches: list[Tensor]) -> list[Tensor] | None:
+        """Copies: each is the end of an activation, all of which it would keep, six times as much."""
+        return [cache.clone(memory_format=self.engine.cache_format) for cache in caches] or None
 
     def export_state(self) -> dict[str, NDArray[Any]]:
         """See `EngineSession.export_state`; floats go out as float32, which holds every weight dtype exactly."""
@@ -282,7 +287,7 @@ class TorchSession:
         count = sum(name.startswith("vae_cache_") for name in state)
         vae_dtype = self.engine.decoder.dtype if self.engine.decoder else dtype
         caches = [tensor(state[f"vae_cache_{index}"]).to(vae_dtype) for index in range(count)]
-        self.vae_caches = caches or None
+        self.vae_caches = self._kept(caches)
 
     def close(self) -> None:
         """See `EngineSession.close`."""

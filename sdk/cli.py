@@ -123,7 +123,6 @@ def generate(
         check_output(out, (".mp4",))
         if contact_sheet is not None:
             check_output(contact_sheet, (".png",))
-        connection = {"root": root, "certificate": client_certificate, "key": client_key, "tls": tls}
         if server is not None:
             if bundle is not None or threads is not None or engine != "auto":
                 raise UsageError("--bundle, --engine and --threads do not go with --server: leave them out")
@@ -131,10 +130,12 @@ def generate(
                 from .client import Client
                 from .generate_remote import generate_on
 
-                with Client(server, token, **connection) as client:
+                with Client(
+                    server, token, tls=tls, root=root, certificate=client_certificate, key=client_key
+                ) as client:
                     report = generate_on(client, told, out, contact_sheet, progress.update)
         else:
-            if any(value is not None for value in connection.values()):
+            if any(value is not None for value in (tls, root, client_certificate, client_key)):
                 raise UsageError(
                     "--tls, --root, --client-certificate and --client-key belong to --server: give that, too"
                 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.sdk.address import is_loopback
 
 MAX_MESSAGE = 64 * 1024
 """Bytes of a request."""
@@ -102,12 +102,7 @@ class ServerConfig:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @property
     def address(self) -> str:

@@ -5,13 +5,17 @@ What a GPU alone can show is in tests/gpu/engine.py.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -298,3 +302,102 @@ def test_blocks_are_traced_once_and_compute_the_same() -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert counter.frame_count == len(COMPILED)
     dynamo.reset()
+
+
+def test_the_decoder_stays_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that do not are concatenated to inputs that do not, in every chunk: a copy before each convolution."""
+    seen: list[torch.Tensor] = []
+
+    def last(value: torch.Tensor) -> bool:
+        return value.is_contiguous(
+            memory_format=torch.channels_last_3d if value.ndim == 5 else torch.channels_last
+        )
+
+    def as_cudnn(name: str) -> Any:
+        original = getattr(torch.nn.functional, name)
+
+        def convolve(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+            seen.append(x)
+            made: torch.Tensor = original(x, weight, *rest, **more)
+            layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+            return made.contiguous(memory_format=layout) if last(x) or last(weight) else made
+
+        return convolve
+
+    for name in ("conv2d", "conv3d"):
+        monkeypatch.setattr(torch.nn.functional, name, as_cudnn(name))
+    _, engine = engines()
+    g = engine.geometry
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    session = engine.open()
+    for _ in range(2):
+        seen.clear()
+        session.decode(latents)
+        assert session.vae_caches and all(map(last, session.vae_caches))
+    assert len(seen) > 5 and all(map(last, seen[1:])), "but for the latents"
+    other = engine.open()
+    other.import_state(session.export_state())
+    assert other.vae_caches and all(map(last, other.vae_caches))
+
+
+def test_only_whole_chunks_are_decoded_by_what_was_compiled() -> None:
+    """A video's first chunk has a frame less: compiling that too takes as long again, for once in a video."""
+    _, engine = engines()
+    plain, compiled = engine._decode, []
+    engine._decode = lambda latents, caches: compiled.append(latents.shape[1]) or plain(latents, caches)
+    g = engine.geometry
+    session = engine.open()
+    for frames in (g.chunk, g.chunk, g.chunk - 1):
+        session.decode(np.zeros((1, frames, g.latent_channels, g.latent_height, g.latent_width), np.float32))
+    assert compiled == [g.chunk]
+
+
+def test_all_sessions_share_two_streams_that_one_thread_uses_at_a_time() -> None:
+    """torch has 32 streams in turn: with two for every session the 17th would write into the first one's graph."""
+    _, engine = engines()
+    a, b = engine.open(), engine.open()
+    assert a.lane is b.lane is engine.lane and a.decoding is b.decoding is engine.decoding is not engine.lane
+    sent: list[Any] = []
+    other = Thread(target=lambda: sent.append(b.sent(np.ones(1))))
+    with a.lane():
+        other.start()
+        other.join(0.2)
+        assert not sent, "the other thread waits"
+        a.sent(np.ones(1))
+    other.join(10)
+    assert len(sent) == 1
+
+
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other threads' work stays out of the stream for that time."""
+    lane, seen = Lane(torch.device("cpu")), []
+    monkeypatch.setattr(lane, "stream", SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **more: nullcontext())
+
+    def work() -> None:
+        other = Thread(target=lambda: seen.append(lane._held.acquire(blocking=False)))
+        other.start()
+        other.join()
+        seen.append(gc.isenabled())
+
+    assert lane.capture(work) == "replay"
+    assert seen == [False, True] * 3 + [False, False] and gc.isenabled()
+
+
+def test_a_closed_session_is_freed_at_once() -> None:
+    """Not when Python collects cycles: it may hold gigabytes."""
+    _, engine = engines()
+    gc.disable()
+    try:
+        rollout = switching(engine, PolicySettings())
+        rollout.advance()
+        held: Any = rollout.tensors
+        session = weakref.ref(held)
+        rollout.close()
+        del rollout, held
+        assert session() is None
+    finally:
+        gc.enable()

@@ -177,3 +177,24 @@ def test_speed_without_decoding_is_that_of_chunks_the_host_waited_for(
     for (calls, chunks), figures, count in ((handed[0][2], beside, 6), (handed[0][3], apart, 3)):
         keys = [call.keys for call in calls if call.stage == "denoise"]
         assert chunks == count and np.mean(keys) == pytest.approx(figures["mean_window"] * tokens)
+
+
+def test_a_gpus_rate_is_that_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty products are done at a clock that is gone after some milliseconds."""
+    torch = pytest.importorskip("torch")
+
+    class Cuda(limits.Gpu):
+        def __init__(self) -> None:
+            self._torch, self.device, self.name, self.repeats = torch, "cpu", "a GPU", list[int]()
+
+        def _seconds(self, work: Any, repeats: int = 20) -> float:
+            self.repeats.append(repeats)
+            return 0.001 if repeats == 20 else 0.002
+
+    monkeypatch.setattr(limits, "MATMUL", 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 20, 0))
+    gpu = Cuda()
+    made = gpu.limits("bf16")
+    assert made is not None and gpu.repeats == [20, 1001, 20], "a second of products of a millisecond"
+    assert made["first_gflop_per_s"] == pytest.approx(2 * made["gflop_per_s"])
+    assert made["gflop_per_s"] == pytest.approx(2 * 64**3 / 0.002 / 1e9)

@@ -18,9 +18,8 @@ call.on("data", (response) => {
   if (response.message === "chunk") {
     const chunk = response.chunk;
     for (const payload of chunk.payloads) fs.writeSync(file, payload);
-    call.write({ credit: { presentedChunk: chunk.index } });
     if (chunk.index === 1) call.write({ prompt: { id: "second", text: "w9 w10", atChunk: 6 } });
-    if (chunk.index === 7) call.write({ stop: {} });
+    call.write(chunk.index === 7 ? { stop: {} } : { credit: { presentedChunk: chunk.index } });
   }
 });
 call.on("error", (error) => { console.error(error.message); process.exit(1); });
