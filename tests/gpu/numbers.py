@@ -19,8 +19,9 @@ from swiftvideo.runtime.positions import rotation, time_tables
 from .model import Bench, padded
 from .record import Record
 
-FORWARD = {"fp32": 1e-3, "bf16": 3e-2}
-"""Largest error of x0, K and V of a forward. Right ones are below 1.6e-2 in bfloat16, a lost attention is 0.2."""
+FORWARD = {"fp32": 1e-3, "bf16": 4e-2}
+"""Largest error of x0, K and V of a forward. On the CPU in bfloat16, 30 layers of full width had 1.9e-2 at 160x160 and
+1.7e-2 at 64x64, where an attention of zeros had 0.46 and one of the wrong layer 0.67."""
 
 
 def numbers(bench: Bench, engine: Callable[[], TorchEngine], record: Record) -> None:
