@@ -184,7 +184,7 @@ class _Progress:
             self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
         self._mode = chunk.mode or self._mode
         state = f"{report.rate:5.1f} fps  window {chunk.window:2d}  {self._mode}"
-        text = chunk.prompt if len(chunk.prompt) <= 40 else chunk.prompt[:39] + "…"
+        text = report.prompt if len(report.prompt) <= 40 else report.prompt[:39] + "…"
         self._bar.update(self._task, completed=report.frames, prompt=_plain(text), state=state)
 
     def __enter__(self) -> _Progress:

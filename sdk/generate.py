@@ -60,6 +60,8 @@ class Report:
     """Wall-clock seconds of making and writing them, without loading."""
     interrupted: int = 0
     switches: list[Switch] = field(default_factory=list)
+    prompt: str = ""
+    """The running one."""
     windows: list[int] = field(default_factory=list)
     """Of each chunk."""
 
@@ -195,6 +197,7 @@ def _take(
     frames = frames[: report.planned - report.frames]
     writer.write(frames)
     report.frames = writer.frames
+    report.prompt = shots[number].cue.prompt
     report.windows.append(chunk.window)
     row = rows[number]
     row.add(frames)

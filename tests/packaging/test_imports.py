@@ -17,7 +17,10 @@ BLOCKED = (
     "tensorrt_rtx",
 )
 
-SERVICE = tuple(f"swiftvideo.sdk.{name}" for name in ("server.", "client", "aio", "remote", "connection"))
+SERVICE = tuple(
+    f"swiftvideo.sdk.{name}"
+    for name in ("server.", "client", "aio", "remote", "connection", "generate_remote")
+)
 
 IMPORT_ALL = f"""
 import importlib, importlib.abc, importlib.util, pkgutil, sys

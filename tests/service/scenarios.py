@@ -189,8 +189,9 @@ async def sigterm(server: ServerProcess, sessions: int, grace: float) -> dict[st
                 if kind == "chunk":
                     size = message.chunk.frame_count * pixels * 3
                     broken += message.chunk.index != following or len(message.chunk.payloads[0]) != size
+                    if not following:
+                        running.release()
                     following += 1
-                    running.release()
                     await call.write(credit(message.chunk.index))
                 elif kind == "started":
                     pixels = message.started.geometry.width * message.started.geometry.height
