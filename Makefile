@@ -62,7 +62,7 @@ test-lowest:
 		print(*(need.replace('>=', '==') for need in project['dependencies']))") \
 		pytest pytest-timeout hypothesis psutil
 	$(LOWEST) pip install --quiet --disable-pip-version-check --no-deps -e .
-	$(LOWEST) pytest tests/runtime tests/sdk $(ARGS)
+	$(LOWEST) pytest tests/sdk tests/runtime/test_pipeline.py tests/runtime/test_session.py $(ARGS)
 
 check: lint types imports protocol sanitize
 

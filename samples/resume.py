@@ -1,4 +1,6 @@
-"""Save a session to a file, open it again elsewhere, and go on with exactly the same video.
+"""Save a session to a file, open it again, and go on with exactly the same video.
+
+Elsewhere, too, with the same kind of processor and number of threads; with others a frame's values may differ by one.
 
 python samples/resume.py session.safetensors
 """

@@ -281,6 +281,15 @@ def test_an_interrupted_video_of_a_server_is_kept(server: ServerProcess, tmp_pat
     assert child.returncode == 128 + signal.SIGTERM and report["interrupted"] and report["frames"] > 0
 
 
+def test_the_sample_of_viewers(server: ServerProcess) -> None:
+    sample = Path(__file__).parents[2] / "samples" / "viewers.py"
+    command = [sys.executable, str(sample), server.address, "w1 w2", "w3 w4", "w5 w6"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for number in range(3):
+        modes = [line.split("  ")[1] for line in told if line.startswith(f"viewer {number}: ")]
+        assert len(modes) == 8 and [mode != "" for mode in modes].count(True) == 1 and not any(modes[:3])
+
+
 def node_modules(folder: Path) -> Path | None:
     """Where @grpc/grpc-js is: beside the client, or freshly installed; None where it cannot be."""
     if (NODE / "node_modules/@grpc/grpc-js").is_dir():
