@@ -25,7 +25,7 @@ from typing import Any
 
 from swiftvideo.runtime.engines.cuda import find_gpus
 from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
-from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure, measure_files
+from swiftvideo.runtime.manifest import GRAPHS, FileEntry, Manifest, measure, measure_files
 from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
 from swiftvideo.runtime.plugins.kernel import OPS, ROW_OPS, Kernel
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
@@ -54,11 +54,16 @@ class Built:
     """A plan, and what building it took."""
 
     info: PlanInfo
+    files: dict[str, FileEntry]
+    """The plan and its layers' report, by their names in the bundle."""
     seconds: float
-    size: int
-    """Bytes of the plan."""
     peak: int
     """Bytes of memory, the most that its child had resident."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plan."""
+        return self.files[self.info.file].size
 
 
 def build_plans(
@@ -237,7 +242,8 @@ def _build(
     layers.write_text(
         json.dumps({"bindings": result["bindings"], "layers": result["layers"]}, indent=1) + "\n"
     )
-    plan, layers = _named_by_content(plan), _named_by_content(layers)
+    files = dict(_named_by_content(work, file, suffix) for file, suffix in ((plan, PLAN), (layers, LAYERS)))
+    plan_name, layers_name = files
     info = PlanInfo(
         graph=graph,
         target=target.name,
@@ -245,13 +251,13 @@ def _build(
         version=result["version"],
         capability=target.capability,
         dtype=manifest.dtype,
-        file=plan.relative_to(work).as_posix(),
-        layers=layers.relative_to(work).as_posix(),
+        file=plan_name,
+        layers=layers_name,
         source=graph_source(manifest, graph),
         plugins={op: kernels[op].spec.sha256 for op in PLUGINS if op in found},
         functions=not plugins,
     )
-    return Built(info, time.monotonic() - began, plan.stat().st_size, result["peak"])
+    return Built(info, files, time.monotonic() - began, result["peak"])
 
 
 def _read_result(file: Path) -> dict[str, Any]:
@@ -263,10 +269,14 @@ def _read_result(file: Path) -> dict[str, Any]:
     return result
 
 
-def _named_by_content(file: Path) -> Path:
-    """Rename a file so that another content has another name: a rebuilt plan never takes an earlier one's place."""
-    suffix = next(suffix for suffix in (PLAN, LAYERS) if file.name.endswith(suffix))
-    return file.rename(file.with_name(f"{file.name.removesuffix(suffix)}-{measure(file).sha256[:8]}{suffix}"))
+def _named_by_content(work: Path, file: Path, suffix: str) -> tuple[str, FileEntry]:
+    """Rename a file so that another content has another name: a rebuilt plan never takes an earlier one's place.
+
+    Its new name in the bundle, and its entry.
+    """
+    entry = measure(file)
+    named = file.rename(file.with_name(f"{file.name.removesuffix(suffix)}-{entry.sha256[:8]}{suffix}"))
+    return named.relative_to(work).as_posix(), entry
 
 
 def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str]:
@@ -375,9 +385,9 @@ def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
         (stale if (plan.graph, plan.target, plan.functions) in keys else kept).append(plan)
     used = {name for plan in (*kept, *fresh) for name in (plan.file, plan.layers)}
     gone = {name for plan in stale for name in (plan.file, plan.layers)} - used
-    names = [name for plan in fresh for name in (plan.file, plan.layers)]
-    names += [f"kernels/{path.name}" for path in sorted((work / "kernels").glob("*"))]
-    made = measure_files(work, names)
+    made = measure_files(work, [f"kernels/{path.name}" for path in (work / "kernels").glob("*")])
+    for item in built:
+        made |= item.files
     changed = {name for name, entry in made.items() if manifest.files.get(name, entry) != entry}
     if changed:
         unchanged = {name: entry for name, entry in manifest.files.items() if name not in changed}

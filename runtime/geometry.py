@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import SettingsError
+from .plain import fits
 
 Policy = Literal["swift", "recache", "keep", "cut"]
 Positions = Literal["absolute", "windowed"]
@@ -109,7 +110,12 @@ class Geometry:
 
     def video_frames(self, start: int, frames: int) -> int:
         """Video frames of latent frames [start, start + frames): the very first gives one, any other four."""
-        return frames * self.temporal_stride - (self.temporal_stride - 1 if start == 0 and frames else 0)
+        return video_frames(start, frames, self.temporal_stride)
+
+
+def video_frames(start: int, frames: int, stride: int) -> int:
+    """`Geometry.video_frames` of a VAE that makes `stride` video frames of a latent one."""
+    return frames * stride - (stride - 1 if start == 0 and frames else 0)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -117,23 +123,14 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "bool": ((bool,), "True or False"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-}
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def _check_types(settings: Any, name: str) -> None:
     """Whole numbers, numbers and switches where they are declared; None where that is."""
-    for declared in fields(settings):
-        value = getattr(settings, declared.name)
-        kind, *others = str(declared.type).split(" | ")
-        types, words = _KINDS[kind]
-        fits = isinstance(value, types) and isinstance(value, bool) == (kind == "bool")
-        _check(
-            fits or (value is None and "None" in others), f"{name}.{declared.name} is {value!r}: use {words}"
-        )
+    for field_, hint in get_type_hints(type(settings)).items():
+        value, kind = getattr(settings, field_), (get_args(hint) or (hint,))[0]
+        _check(fits(hint, value), f"{name}.{field_} is {value!r}: use {_WORDS[kind]}")
 
 
 def _check_scale(name: str, value: float) -> None:

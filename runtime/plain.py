@@ -57,6 +57,15 @@ def decode(cls: type[_T], data: Any, where: str) -> _T:
     return cls(**{name: _value(hints[name], item, f"{where}: {name}") for name, item in data.items()})
 
 
+def fits(hint: Any, value: Any) -> bool:
+    """Whether `decode` would take `value` for a field of this type."""
+    try:
+        _value(hint, value, "")
+    except PlainError:
+        return False
+    return True
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     """`value` checked against, and turned into, the type `hint`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -94,9 +94,8 @@ class Rollout:
         """The last W frames, for recaches: [B,k,C,h,w]."""
         self.pending: list[Pending] = []
         self._lock = Lock()
-        self._taken = (
-            0  # where the chunks begin whose prompts are chosen: index, or one more while a chunk is made
-        )
+        self._taken = 0
+        """Chunks whose prompts are chosen: `index`, or one more while a chunk is made."""
 
     @property
     def frame(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from swiftvideo.runtime import PromptError
+from swiftvideo.runtime.geometry import video_frames as latent_video_frames
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .client import Client, Video
@@ -33,7 +34,7 @@ class RemoteClock:
 
     def video_frames(self, start: int, frames: int) -> int:
         """As `Geometry.video_frames`."""
-        return frames * self.temporal_stride - (self.temporal_stride - 1 if start == 0 and frames else 0)
+        return latent_video_frames(start, frames, self.temporal_stride)
 
 
 def generate_on(

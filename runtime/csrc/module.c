@@ -162,7 +162,8 @@ static PyObject *cache_plan_call(PyObject *object, PyObject *const *args, Py_ssi
     bool force_sink;
     Py_buffer view;
     if (take_arguments("plan", names, 5, args, given, keywords, values) < 0 ||
-        take_int(state->usage_error, names[0], values[0], &start) < 0 || take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
+        take_int(state->usage_error, names[0], values[0], &start) < 0 ||
+        take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
         take_int(state->usage_error, names[2], values[2], &window) < 0 || take_bool(values[3], &force_sink) < 0 ||
         take_buffer(state, names[4], values[4], 2 * CACHE_SEGMENTS, &view) < 0)
         return NULL;
@@ -182,7 +183,8 @@ static PyObject *cache_commit_call(PyObject *object, PyObject *const *args, Py_s
     bool force_sink;
     Py_buffer view;
     if (take_arguments("commit", names, 4, args, given, keywords, values) < 0 ||
-        take_int(state->usage_error, names[0], values[0], &start) < 0 || take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
+        take_int(state->usage_error, names[0], values[0], &start) < 0 ||
+        take_int(state->usage_error, names[1], values[1], &frames) < 0 ||
         take_bool(values[2], &force_sink) < 0 || take_buffer(state, names[3], values[3], 3 * CACHE_RANGES, &view) < 0)
         return NULL;
     cache_error error;

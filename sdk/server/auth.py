@@ -180,7 +180,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def refuse(_: Any, context: Any) -> None:
             self._sparing.warning(f"a call was refused: {refusal.text}", peer=context.peer())
-            await context.abort(refusal.code, refusal.text, trailing_metadata=refusal.trailers)
+            await refusal.end(context)
 
         kind = (False, False) if handler is None else (handler.request_streaming, handler.response_streaming)
         return HANDLERS[kind](refuse)

@@ -25,8 +25,7 @@ class HealthService(aio.HealthServicer):  # type: ignore[misc]
         """See grpc.health.v1."""
         if self._watching >= WATCHERS:
             text = f"{self._watching} calls watch the health already: use Check, or try again later"
-            refused = Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after=10.0)
-            await context.abort(refused.code, refused.text, trailing_metadata=refused.trailers)
+            await Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after=10.0).end(context)
         self._watching += 1
         try:
             await super().Watch(request, context)

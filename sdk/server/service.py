@@ -87,7 +87,7 @@ class GenerationService:
                 if refused.code is grpc.StatusCode.INTERNAL:
                     log.exception("a call failed")
                 self.refused(refused)
-            return await context.abort(refused.code, refused.text, trailing_metadata=refused.trailers)
+            return await refused.end(context)
 
         return handle
 

@@ -64,6 +64,10 @@ class Refusal(Exception):
             status.details.append(detail)
         return (*hint, (DETAILS, status.SerializeToString()))
 
+    async def end(self, context: grpc.aio.ServicerContext) -> None:
+        """End a call of grpc.aio with it; never returns."""
+        await context.abort(self.code, self.text, trailing_metadata=self.trailers)
+
 
 def invalid(text: str) -> Refusal:
     """A message is wrong by itself."""
