@@ -1,9 +1,10 @@
 """The torch engine on an NVIDIA GPU: the reference's arithmetic, without what keeps a GPU waiting.
 
-- The forward over a chunk is captured once per session as a CUDA graph over buffers that stay where they are. Window
-  and step are data in device memory, so one graph serves every window and all five passes.
+- The forward over a chunk is captured as CUDA graphs over buffers that all sessions share (export/chunk_forward.py).
+  Step and window are data in device memory.
 - Attention over the cache, injection and the placing of rows are this project's kernels (export/kernels), compiled for
-  the GPU when the engine is made: no key is gathered, and nothing waits for the table's lengths.
+  the GPU when the engine is made: nothing waits for the table's lengths. Where torch's own attention is faster, it
+  serves windows of whole frames.
 - torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, GELU, gates.
 - The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass.
 - All sessions of an engine share its two streams, and take turns where threads run several (export/lanes.py).
@@ -16,10 +17,10 @@ with plain calls in the place of graphs and the torch reference in the place of 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
 from swiftvideo.runtime.geometry import Geometry
 
+from .chunk_forward import ChunkForward
 from .graphs import Denoise
 from .lanes import Lane
 from .models.backbone import CausalWanModel
@@ -50,6 +52,8 @@ class Options:
     kernels: bool = True
     compiled: bool = True
     channels_last: bool = True
+    attention: Literal["fastest", "kernel", "library"] = "fastest"
+    """Of a chunk's whole frames: torch's own, this project's op, or what takes less time here."""
 
     def __post_init__(self) -> None:
         if self.graphs and not self.kernels:
@@ -95,9 +99,13 @@ class CudaEngine(TorchEngine):
         super().__init__(model, geometry, schedule, decoder, text_encoder, device, times)
         self.denoising = module.to(self.device)
         self.denoising.e, self.denoising.e0 = self.times
+        self.denoising.attention = self.attend  # type: ignore[method-assign]
         self.lane, self.decoding = Lane(self.device), Lane(self.device)
-        self.kernels: dict[str, Any] = {}
-        self._decode: Any = super().decode
+        self.launchers: dict[str, Any] = {}
+        self.forwards: dict[int, ChunkForward] = {}
+        self.attention_ms: dict[str, float] = {}
+        """What one attention over the whole window took, where that was measured."""
+        self._decode: Any = None if decoder is None else decoder.decode
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.benchmark_limit = 4
@@ -107,13 +115,13 @@ class CudaEngine(TorchEngine):
                 self._compile_kernels()
             if self.options.compiled:
                 compile_blocks(self.model)
-                self._decode = torch.compile(self._decode, dynamic=False)
+                self._decode = self._decode and torch.compile(self._decode, dynamic=False)
         if self.decoder is not None and self.options.channels_last:
             channels_last(self.decoder)
             self.cache_format = torch.channels_last_3d
 
     def _compile_kernels(self) -> None:
-        from swiftvideo.runtime.plugins.launch import cuda_driver
+        from swiftvideo.runtime.plugins.launch import Launcher, cuda_driver
 
         from .bundle import DTYPES
         from .kernels.compiler import compile_all
@@ -121,7 +129,8 @@ class CudaEngine(TorchEngine):
         cuda_driver()
         major, minor = torch.cuda.get_device_capability(self.device)
         names = {value: name for name, value in DTYPES.items()}
-        self.kernels = dict(compile_all(10 * major + minor, names[self.model.dtype], self.geometry.head_dim))
+        kernels = compile_all(10 * major + minor, names[self.model.dtype], self.geometry.head_dim)
+        self.launchers = {op: Launcher(kernel) for op, kernel in kernels.items()}
 
     def condition(self, embeds: Float32, text: str = "") -> Prompt:
         """See `Engine.condition`; the prompt's K and V are there when this returns."""
@@ -138,46 +147,71 @@ class CudaEngine(TorchEngine):
 
     def open(self, batch: int = 1) -> CudaSession:
         """See `Engine.open`."""
-        return CudaSession(self, batch)
+        with self.lane():
+            if batch not in self.forwards:
+                self.forwards[batch] = ChunkForward(self, batch)
+            return CudaSession(self, batch)
 
+    def close(self) -> None:
+        """See `Engine.close`. Graphs and buffers go; the models belong to the caller."""
+        self.lane.wait()
+        self.decoding.wait()
+        for forward in self.forwards.values():
+            forward.close()
+        self.forwards, self.launchers = {}, {}
+        self.denoising.__dict__.pop("attention", None)
 
-class _Buffers:
-    """Inputs of forwards over a number of frames, at addresses that stay, and what the last forward made."""
+    def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """K and V of a prompt, for the lane."""
+        if self.lane.stream is not None:
+            for value in prompt.cross:
+                value.record_stream(self.lane.stream)
+        k, v = prompt.cross
+        return k, v
 
-    def __init__(self, session: CudaSession, frames: int) -> None:
-        g, device, batch = session.engine.geometry, session.engine.device, session.batch
-        shape = (batch, frames, g.latent_channels, g.latent_height, g.latent_width)
-        self.latents, self.noise = (torch.zeros(shape, device=device) for _ in range(2))
-        self.time_cos, self.time_sin = (
-            torch.zeros(batch, frames, g.time_pairs, device=device) for _ in range(2)
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache_k: Tensor,
+        cache_v: Tensor,
+        segments: Tensor,
+        *rest: float,
+    ) -> Tensor:
+        """`ops.dynamic_window_attention` by the kernel, where there is one. rest: layer, scale."""
+        layer, scale = int(rest[0]), rest[1]
+        if not self.launchers:
+            return dynamic_window_attention(q, k, v, cache_k, cache_v, segments, layer, scale)
+        batch, queries, heads, _ = q.shape
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        o = torch.empty_like(q)
+        self.launch(
+            "DynamicWindowAttention",
+            {"queries": queries, "heads": heads, "batch": batch},
+            *(q, k, v, cache_k, cache_v, segments, o),
+            *(layer, scale, batch, heads, queries, cache_k.shape[2]),
         )
-        self.captured = session.engine.options.graphs and frames == session.engine.geometry.chunk
-        self.made: tuple[Tensor, Tensor, Tensor] | None = None
-        self.run: Callable[[], None] | None = None
+        return o
+
+    def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
+        """Launch a kernel into the current stream, which may be recording a graph. Only inside the lane."""
+        stream = int(torch.cuda.current_stream(self.device).cuda_stream)
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        self.launchers[op].run(stream, sizes, *values)
 
 
 class CudaSession(TorchSession):
-    """Tensors of one session on a GPU, and the captured graph of a chunk's forward."""
+    """Tensors of one session on a GPU: its cache, its latents, the VAE's caches."""
 
     engine: CudaEngine
 
     def __init__(self, engine: CudaEngine, batch: int) -> None:
         self.lane, self.decoding = engine.lane, engine.decoding
-        with self.lane():
-            super().__init__(engine, batch)
-            g = engine.geometry
-            self.step = torch.zeros((), dtype=torch.int64, device=engine.device)
-            self.segments = torch.zeros(batch, 6, 2, dtype=torch.int32, device=engine.device)
-            shape = (g.layers, batch, g.text_len, g.heads, g.head_dim)
-            self.cross = tuple(
-                torch.zeros(shape, dtype=engine.model.dtype, device=engine.device) for _ in range(2)
-            )
-        self.module = copy.copy(engine.denoising)  # shares everything but the attention
-        self.launchers = self._launchers()
-        self.module.attention = self._attention  # type: ignore[method-assign]
-        self.prompt: Prompt | None = None
-        self.buffers: dict[int, _Buffers] = {}
-        self.current: _Buffers | None = None
+        super().__init__(engine, batch)
+        self.forward = engine.forwards[batch]
+        self.state = object()
+        """Another one whenever the cache changes."""
 
     def sent(self, value: NDArray[Any]) -> Tensor:
         """A tensor of the engine's lane; nothing waits for the copy."""
@@ -186,12 +220,7 @@ class CudaSession(TorchSession):
     def load(self, latents: Float32) -> None:
         """See `EngineSession.load`."""
         self._check_open()
-        frames = latents.shape[1]
-        if frames not in self.buffers:
-            with self.lane():
-                self.buffers[frames] = _Buffers(self, frames)
-        self.current = self.buffers[frames]
-        self.lane.upload(self.current.latents, latents)
+        self.latents = self.sent(latents)
 
     @torch.no_grad()
     def denoise(
@@ -205,28 +234,36 @@ class CudaSession(TorchSession):
     ) -> None:
         """See `EngineSession.denoise`."""
         self._check_open()
-        now, lane = self.current, self.lane
-        if now is None:
+        if self.latents is None:
             raise UsageError("no latents are loaded: call load() first")
-        with lane():
-            if prompt is not self.prompt:
-                for mine, theirs in zip(self.cross, prompt.cross, strict=True):
-                    mine.copy_(theirs)
-                    if lane.stream is not None:
-                        theirs.record_stream(lane.stream)
-                self.prompt = prompt
-            self.step.fill_(step)
-        if noise is not None:  # else the next sigma is 0, and whatever the buffer holds is finite
-            lane.upload(now.noise, noise)
-        lane.upload(now.time_cos, np.broadcast_to(time_cos, now.time_cos.shape))
-        lane.upload(now.time_sin, np.broadcast_to(time_sin, now.time_sin.shape))
-        lane.upload(self.segments, np.broadcast_to(segments, self.segments.shape))
-        if now.run is None:
-            now.run = self._prepared(now)
-        with lane():
-            now.run()
-        assert now.made is not None
-        self.clean, self.fresh = now.made[0], now.made[1:]
+        with self.lane():
+            if self.latents.shape[1] == self.engine.geometry.chunk:
+                self.forward.run(self, step, noise, (time_cos, time_sin), segments, prompt)
+            else:
+                self._denoise_plain(self.latents, step, noise, (time_cos, time_sin), segments, prompt)
+
+    def _denoise_plain(
+        self,
+        latents: Tensor,
+        step: int,
+        noise: Float32 | None,
+        times: tuple[Float32, Float32],
+        segments: Int32,
+        prompt: Prompt,
+    ) -> None:
+        """Recaches: rare and of several lengths, so nothing is captured, and over the cache where it lies."""
+        shape = (self.batch, latents.shape[1], self.engine.geometry.time_pairs)
+        self.clean, self.latents, *fresh = self.engine.denoising(
+            latents,
+            torch.zeros_like(latents) if noise is None else self.sent(noise),
+            torch.full((), step, device=self.engine.device),
+            *(self.sent(np.broadcast_to(table, shape)) for table in times),
+            self.cache_k,
+            self.cache_v,
+            self.sent(np.broadcast_to(segments, (self.batch, 6, 2))),
+            *self.engine.crossed(prompt),
+        )
+        self.fresh = fresh[0], fresh[1]
 
     def x0(self) -> Float32:
         """See `EngineSession.x0`."""
@@ -237,18 +274,18 @@ class CudaSession(TorchSession):
         return clean
 
     def commit(self, ranges: Int32) -> None:
-        """See `EngineSession.commit`; K and V of a recache, far larger than a chunk's, are given back."""
-        with self.lane():
+        """See `EngineSession.commit`; a second one needs another `denoise`."""
+        with self._changing():
             super().commit(ranges)
-        if self.current is not None and not self.current.captured:
-            self.current.made = self.fresh = None
+            self.fresh = None
+            self.forward.leave(self)
 
     def inject(
         self, spans: Int32, old: Float32, new: Float32, rho: Float32, mix: float
     ) -> tuple[Float32, Float32]:
         """See `EngineSession.inject`."""
         with self.lane():
-            if not self.launchers:
+            if not self.engine.launchers:
                 return super().inject(spans, old, new, rho, mix)
             g, batch = self.engine.geometry, self.batch
             values = (
@@ -260,7 +297,7 @@ class CudaSession(TorchSession):
             )
             inputs = [self.sent(value) for value in values]
             bridge, anchor = (self.cache_v.new_empty(g.layers, batch, k, g.heads, g.head_dim) for k in (2, 1))
-            self._launch(
+            self.engine.launch(
                 "SemanticInjection",
                 {"heads": g.heads, "batch": batch, "layers": g.layers},
                 *(self.cache_v, *inputs, bridge, anchor),
@@ -270,17 +307,17 @@ class CudaSession(TorchSession):
 
     def write_memory(self, row: int, tokens: Float32) -> None:
         """See `EngineSession.write_memory`."""
-        with self.lane():
+        with self._changing():
             super().write_memory(row, tokens)
 
     def place_sink(self, cos: Float64, sin: Float64) -> None:
         """See `EngineSession.place_sink`."""
-        with self.lane():
+        with self._changing():
             super().place_sink(cos, sin)
 
     def place_memory(self, cos: Float64, sin: Float64) -> None:
         """See `EngineSession.place_memory`."""
-        with self.lane():
+        with self._changing():
             super().place_memory(cos, sin)
 
     @torch.no_grad()
@@ -300,90 +337,37 @@ class CudaSession(TorchSession):
 
     def import_state(self, state: dict[str, NDArray[Any]]) -> None:
         """See `EngineSession.import_state`."""
-        with self.lane():
+        with self._changing():
             super().import_state(state)
         self.lane.wait()  # the VAE's caches go to the other lane
 
     def close(self) -> None:
         """See `EngineSession.close`."""
+        with self.lane():
+            self.forward.leave(self)
         self.lane.wait()
         self.decoding.wait()
-        for held in self.buffers.values():
-            held.run = None  # this and the module's attention refer back: they would stay until Python looks for cycles
-        self.module.__dict__.pop("attention", None)
-        self.buffers, self.current, self.prompt, self.cross = {}, None, None, ()
         super().close()
 
-    def _prepared(self, now: _Buffers) -> Callable[[], None]:
-        """The forward over `now`: captured for a chunk; recaches are rare and of several lengths, so they are not."""
-
-        def forward() -> None:
-            x0, following, fresh_k, fresh_v = self.module(
-                *(now.latents, now.noise, self.step, now.time_cos, now.time_sin),
-                *(self.cache_k, self.cache_v, self.segments, *self.cross),
-            )
-            now.latents.copy_(following)
-            now.made = x0, fresh_k, fresh_v
-
-        if not now.captured:
-            return forward
-        with self.lane():  # after the upload, which is still on its way
-            loaded = now.latents.clone()
-        replay = self.lane.capture(forward)
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lane, for what writes into the cache."""
         with self.lane():
-            now.latents.copy_(loaded)  # capturing ran it
-        return replay
-
-    def _attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache_k: Tensor,
-        cache_v: Tensor,
-        segments: Tensor,
-        *rest: float,
-    ) -> Tensor:
-        """`ops.dynamic_window_attention` by the kernel, where there is one."""
-        layer, scale = int(rest[0]), rest[1]
-        if not self.launchers:
-            return dynamic_window_attention(q, k, v, cache_k, cache_v, segments, layer, scale)
-        batch, queries, heads, _ = q.shape
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        o = torch.empty_like(q)
-        self._launch(
-            "DynamicWindowAttention",
-            {"queries": queries, "heads": heads, "batch": batch},
-            *(q, k, v, cache_k, cache_v, segments, o),
-            *(layer, scale, batch, heads, queries, cache_k.shape[2]),
-        )
-        return o
+            self.state = object()
+            yield
 
     def _turn(self, source: Tensor, first: int, count: int, cos: Float64, sin: Float64) -> None:
-        if not self.launchers:
+        if not self.engine.launchers:
             super()._turn(source, first, count, cos, sin)
             return
         g = self.engine.geometry
         tables = [self.sent(table.astype(np.float32)) for table in (cos, sin)]
-        self._launch(
+        self.engine.launch(
             "PlaceRows",
             {"count": count, "heads": g.heads, "items": g.layers * self.batch},
             *(source, self.cache_k, *tables),
             *(source.shape[2], g.rows, first, count, g.heads, len(cos)),
         )
-
-    def _launchers(self) -> dict[str, Any]:
-        if not self.engine.kernels:
-            return {}
-        from swiftvideo.runtime.plugins.launch import Launcher
-
-        return {op: Launcher(kernel) for op, kernel in self.engine.kernels.items()}
-
-    def _launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
-        """Launch a kernel into the current stream, which may be recording a graph."""
-        stream = int(torch.cuda.current_stream(self.engine.device).cuda_stream)
-        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-        self.launchers[op].run(stream, sizes, *values)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -86,6 +86,8 @@ class Denoise(nn.Module):
     next_sigmas: Tensor
     space_cos: Tensor
     space_sin: Tensor
+    fresh: tuple[Tensor, Tensor] | None = None
+    """Where fresh K and V go, for an engine that keeps them at one address."""
 
     def __init__(self, model: CausalWanModel, geometry: Geometry, schedule: Schedule) -> None:
         super().__init__()
@@ -141,6 +143,7 @@ class Denoise(nn.Module):
             cross_v,
             attend=attend,
             space=(self.space_cos, self.space_sin),
+            fresh=self.fresh,
         )
         x0 = latents - pick(self.sigmas) * flow.float()
         sigma = pick(self.next_sigmas)

@@ -59,24 +59,43 @@ class Lane:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as one CUDA graph. It runs thrice before that, which compiles and chooses algorithms."""
+    def pool(self) -> Any:
+        """Memory that graphs captured with it share, which are never replayed at the same time; None on the CPU."""
+        return None if self.stream is None else torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None], pool: Any = None, runs: int = 3) -> Callable[[], None]:
+        """`work` as one CUDA graph. It runs `runs` times before that, which compiles and chooses algorithms."""
         if self.stream is None:
             return work
         with self():
-            for _ in range(3):
+            for _ in range(runs):
                 work()
             self.wait()
             graph = torch.cuda.CUDAGraph()
             collecting = gc.isenabled()
             gc.disable()  # a collection would free others' graphs and tensors while this one is recorded
             try:
-                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
                     work()
             finally:
                 if collecting:
                     gc.enable()
         return graph.replay
+
+    def milliseconds(self, work: Callable[[], object], repeats: int) -> float:
+        """Mean time of `work` on a GPU by its events, after three runs that do not count."""
+        with self():
+            for _ in range(3):
+                work()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                work()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / repeats
 
     def _host(self, value: NDArray[Any]) -> Tensor:
         """A copy that the GPU can read by itself."""

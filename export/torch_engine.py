@@ -5,7 +5,8 @@ It computes from the models themselves, without any exported graph, and is writt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -132,14 +133,9 @@ class TorchSession:
         self.engine = engine
         self.batch = batch
         shape = (g.layers, batch, g.rows, g.heads, g.head_dim)
-        try:
+        with memory_for(f"two caches of shape {shape} on {engine.device}"):
             self.cache_k = torch.zeros(shape, dtype=engine.model.dtype, device=engine.device)
             self.cache_v = torch.zeros_like(self.cache_k)
-        except (MemoryError, RuntimeError) as error:
-            raise OutOfMemoryError(
-                f"no memory for two caches of shape {shape} on {engine.device} ({error}): "
-                "use a smaller batch, window or resolution"
-            ) from error
         self.sink_k: Tensor | None = None  # committed K of the sink while `cache_k` holds placed ones
         self.vae_caches: list[Tensor] | None = None
         self.latents: Tensor | None = None
@@ -306,6 +302,17 @@ class TorchSession:
         even, odd = keys[..., 0:width:2].double(), keys[..., 1:width:2].double()
         turned = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
         self.cache_k[:, :, first : first + count] = torch.cat((turned.to(keys.dtype), keys[..., width:]), -1)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Allocations inside raise OutOfMemoryError, naming what they are for."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        raise OutOfMemoryError(
+            f"no memory for {what} ({error}): use a smaller batch, window or resolution"
+        ) from error
 
 
 def array(value: Tensor) -> Float32:

@@ -393,12 +393,14 @@ class CausalWanModel(nn.Module):
         attend: Attend = attend_all,
         cross_attend: Attend = attend_all,
         space: Tables | None = None,
+        fresh: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass over F frames.
 
         latents [B,F,C,h,w]; e [B,F,D] and e0 [B,F,6,D] from `time_embed`; time_cos, time_sin float32
         [B,F,time_pairs]; cross_k, cross_v [L,B,text_len,n,d] from `cross_kv`; attend and cross_attend choose
-        the keys of self- and cross-attention; space: `space_rope` where it is already there.
+        the keys of self- and cross-attention; space: `space_rope` where it is already there; fresh: where K and V
+        of these frames go, written before `attend` is called, instead of new tensors.
         Returns flow [B,F,C,h,w], and K (rotated) and V of these frames, [L,B,F*P,n,d], in the weights' dtype.
         """
         rows, columns = latents.shape[3] // self.config.patch[1], latents.shape[4] // self.config.patch[2]
@@ -410,10 +412,15 @@ class CausalWanModel(nn.Module):
         for layer, block in enumerate(self.layers):
             m = block.modulations(e0)
             q, k, v = block.qkv(x, m, cos, sin)
-            keys.append(k)
-            values.append(v)
+            if fresh is None:
+                keys.append(k)
+                values.append(v)
+            else:
+                fresh[0][layer].copy_(k)
+                fresh[1][layer].copy_(v)
             x = block.add_self(x, attend(layer, q, k, v), m)
             x = block.add_cross(x, cross_attend(layer, block.cross_query(x), cross_k[layer], cross_v[layer]))
             x = block.add_ffn(x, m)
         flow = self.unpatch(self.head(x, e), rows, columns)
-        return flow, torch.stack(keys), torch.stack(values)
+        made_k, made_v = fresh or (torch.stack(keys), torch.stack(values))
+        return flow, made_k, made_v

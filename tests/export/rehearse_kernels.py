@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swiftvideo.export.cuda import CudaEngine, CudaSession
+from swiftvideo.export.cuda import CudaEngine
 from swiftvideo.export.kernels.attention import dynamic_window_attention
 from swiftvideo.export.kernels.compiler import block_width
 from swiftvideo.export.kernels.injection import semantic_injection
@@ -31,16 +31,17 @@ FUNCTIONS: dict[str, Any] = {
 launched: dict[str, int] = dict.fromkeys(FUNCTIONS, 0)
 
 
-class Interpreted(CudaSession):
-    """A session that launches into the interpreter: same arguments in the same order, tensors for their addresses."""
+class Interpreted(CudaEngine):
+    """An engine that launches into the interpreter: same arguments in the same order, tensors for their addresses."""
 
-    def _launchers(self) -> dict[str, Any]:
-        return FUNCTIONS
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more, rehearse=True)
+        self.launchers = FUNCTIONS
 
-    def _launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
+    def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
         for value in arguments:
             assert not isinstance(value, torch.Tensor) or value.is_contiguous()
-        head = self.engine.geometry.head_dim
+        head = self.geometry.head_dim
         constants = {"HEAD": head, "BLOCK_D": block_width(head)}
         if op == "DynamicWindowAttention":
             grid = (-(-sizes["queries"] // BLOCK), sizes["heads"], sizes["batch"])
@@ -71,12 +72,9 @@ def run(engine: TorchEngine) -> tuple[list[np.ndarray], dict[str, Any]]:
 def main() -> None:
     torch.set_num_threads(1)
     made = []
-    for kind, more in ((TorchEngine, {}), (CudaEngine, {"rehearse": True})):
+    for kind in (TorchEngine, Interpreted):
         source = small.checkpoint()
-        engine: Any = kind(source.backbone, source.geometry(), source.schedule, device="cpu", **more)
-        if kind is CudaEngine:
-            engine.open = lambda batch=1, engine=engine: Interpreted(engine, batch)
-        made.append(run(engine))
+        made.append(run(kind(source.backbone, source.geometry(), source.schedule, device="cpu")))
     (theirs, kept), (ours, state) = made
     errors = {
         f"chunk {i}": float(np.abs(a - b).max()) for i, (a, b) in enumerate(zip(ours, theirs, strict=True))

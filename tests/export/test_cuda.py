@@ -23,35 +23,27 @@ import pytest
 import torch
 
 from swiftvideo.export import cuda, restore, torch_engine
-from swiftvideo.export.cuda import COMPILED, CudaEngine, CudaSession, Options, channels_last, compile_blocks
+from swiftvideo.export.cuda import COMPILED, CudaEngine, Options, channels_last, compile_blocks
 from swiftvideo.export.lanes import Lane
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.export.torch_engine import TorchEngine
-from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
+from swiftvideo.runtime.errors import (
+    ClosedError,
+    EngineUnavailableError,
+    SettingsError,
+    UsageError,
+)
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.manifest import Manifest
-from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.pipeline import Pipeline
 from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
-from swiftvideo.runtime.rollout import Rollout, Step
+from swiftvideo.runtime.rollout import Step
 from tests.golden.engines import TOLERANCE, engine_of
 from tests.golden.replay import replay
 from tests.golden.scenario import SCENARIOS, Scenario
 
 from . import small
-
-
-def engines(**options: Any) -> tuple[TorchEngine, CudaEngine]:
-    """The reference and the rehearsed engine over equal weights."""
-    torch.set_num_threads(1)
-    made = []
-    for kind, more in ((TorchEngine, {}), (CudaEngine, {"rehearse": True, **options})):
-        source = small.checkpoint()
-        geometry = source.geometry()
-        made.append(
-            kind(source.backbone, geometry, source.schedule, source.vae, source.text_encoder, "cpu", **more)
-        )
-    return made[0], made[1]  # type: ignore[return-value]
+from .rehearsal import engines, switching
 
 
 def run(
@@ -68,22 +60,11 @@ def run(
     return steps, frames, state
 
 
-def switching(engine: TorchEngine, settings: PolicySettings) -> Rollout:
-    """A video whose prompt changes in its third chunk."""
-    g = engine.geometry
-    generator = np.random.default_rng(1)
-    embeds = generator.standard_normal((2, 1, g.text_len, g.text_dim)).astype(np.float32)
-    prompts = [engine.condition(value) for value in embeds]
-    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
-    rollout = Rollout(engine, settings, prompts[0], PhiloxNoise(4, shape))
-    rollout.ask(prompts[1], 2 * g.chunk)
-    return rollout
-
-
+@pytest.mark.parametrize("attention", ["kernel", "library"])
 @pytest.mark.parametrize("policy", ["swift", "recache"])
-def test_it_computes_what_the_reference_does(policy: Any) -> None:
+def test_it_computes_what_the_reference_does(policy: Any, attention: Any) -> None:
     """Switch, recache, placed sink, injected memory, decoded frames, and the state that is saved."""
-    reference, rehearsed = engines()
+    reference, rehearsed = engines(options=Options(attention=attention))
     theirs, ours = (run(engine, 6, PolicySettings(policy=policy)) for engine in (reference, rehearsed))
     assert [step.window for step in ours[0]] == [step.window for step in theirs[0]]
     for a, b in zip(ours[0], theirs[0], strict=True):
@@ -95,12 +76,16 @@ def test_it_computes_what_the_reference_does(policy: Any) -> None:
         np.testing.assert_allclose(value, theirs[2][name], atol=1e-3, err_msg=name)
 
 
+@pytest.mark.parametrize("attention", ["kernel", "library"])
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem.removeprefix("scn_"))
-def test_recorded_latents(path: Path) -> None:
+def test_recorded_latents(path: Path, attention: Any) -> None:
     scenario = Scenario(path)
     reference: Any = engine_of(scenario, "torch")
     schedule = _schedule(scenario)
-    engine = CudaEngine(reference.model, reference.geometry, schedule, device="cpu", rehearse=True)
+    options = Options(attention=attention)
+    engine = CudaEngine(
+        reference.model, reference.geometry, schedule, device="cpu", options=options, rehearse=True
+    )
     ours = replay(scenario, engine).latents
     assert np.abs(ours - scenario.data["latents"]).max() <= TOLERANCE
 
@@ -137,11 +122,8 @@ def test_everything_lies_on_the_engines_device(
     """On PyTorch's meta device, which has no numbers and, as a GPU does, refuses to mix its tensors with the CPU's."""
     launched = set()
 
-    class Session(CudaSession):
-        def _launchers(self) -> dict[str, Any]:
-            return dict.fromkeys((ATTENTION, INJECTION, PLACE))
-
-        def _launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
+    class Engine(CudaEngine):
+        def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
             tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
             assert tensors and all(value.is_meta and value.is_contiguous() for value in tensors), op
             launched.add(op)
@@ -157,10 +139,10 @@ def test_everything_lies_on_the_engines_device(
     for module in (cuda, torch_engine):
         monkeypatch.setattr(module, "array", zeros)
     monkeypatch.setattr(Lane, "download", download)
-    monkeypatch.setattr(restore, "CudaEngine", partial(CudaEngine, rehearse=True))
-    monkeypatch.setattr(CudaEngine, "open", lambda engine, batch=1: Session(engine, batch))
+    monkeypatch.setattr(restore, "CudaEngine", partial(Engine, rehearse=True))
     manifest = Manifest.load(tiny_bundle)
-    engine = restore.engine_of(manifest, torch.device("meta"))
+    engine: Any = restore.engine_of(manifest, torch.device("meta"))
+    engine.launchers = dict.fromkeys((ATTENTION, INJECTION, PLACE))
     width = manifest.geometry.text_dim  # transformers asks the mask for its values
     engine.text_encoder = lambda ids, mask: (ids * mask)[..., None].float().expand(-1, -1, width)
     with Pipeline(engine, manifest) as pipeline:
@@ -191,43 +173,6 @@ def test_a_state_goes_on_in_place() -> None:
     state["cache_k"] = state["cache_k"] + 2
     session.import_state(state)
     assert session.cache_k.data_ptr() == address and float(session.cache_k.min()) == 2
-
-
-def test_a_recache_leaves_nothing_behind() -> None:
-    """K and V of its frames are many times a chunk's; a chunk's stay, where the captured graph writes them."""
-    _, engine = engines()
-    chunk = engine.geometry.chunk
-    rollout = switching(engine, PolicySettings(policy="recache"))
-    session: Any = rollout.tensors
-    seen, commit = [], session.commit
-
-    def committed(ranges: Any) -> None:
-        made = [weakref.ref(value) for value in session.current.made[1:]]
-        frames = session.current.latents.shape[1]
-        commit(ranges)
-        seen.append((frames, [value() is not None for value in made]))
-
-    session.commit = committed
-    for _ in range(3):
-        rollout.advance()
-    assert seen == [
-        (chunk, [True, True]),
-        (chunk, [True, True]),
-        (2 * chunk, [False, False]),
-        (chunk, [True, True]),
-    ]
-    rollout.close()
-
-
-def test_sessions_do_not_share_buffers() -> None:
-    _, engine = engines()
-    a, b = engine.open(), engine.open()
-    g = engine.geometry
-    latents = np.ones((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
-    a.load(latents)
-    b.load(2 * latents)
-    assert a.current is not None and float(a.current.latents.max()) == 1
-    assert a.module is not b.module and a.module.model is b.module.model
 
 
 def test_refusals() -> None:

@@ -145,8 +145,8 @@ def windowed(kernel: Kernel, window: int, rate: float | None) -> dict[str, Any]:
 def sdpa(
     work: Attention, pieces: list[tuple[int, int]], exact: Tensor, backend: SDPBackend
 ) -> dict[str, Any]:
-    """What one of torch's attentions makes of the same keys: gathered before, and gathered each time."""
-    q, kept = work.q.transpose(1, 2), [x.contiguous() for x in work.gathered(pieces)]
+    """What one of torch's attentions makes of the same keys: gathered before, as in a chunk, and gathered each time."""
+    q, kept = work.q.transpose(1, 2), work.gathered(pieces)
     attend = functional.scaled_dot_product_attention
     try:
         with sdpa_kernel(backend):

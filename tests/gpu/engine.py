@@ -54,9 +54,11 @@ ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
     "no graph": (Options(graphs=False), ("forward",)),
     "no torch.compile": (Options(compiled=False), ("forward", "decode")),
     "VAE channels first": (Options(channels_last=False), ("decode",)),
-    "reference attention": (Options(graphs=False, kernels=False), ("forward",)),
+    "attention by the kernel": (Options(attention="kernel"), ("forward",)),
+    "attention by the library": (Options(attention="library"), ("forward",)),
+    "reference attention": (Options(graphs=False, kernels=False, attention="kernel"), ("forward",)),
     "nothing": (
-        Options(graphs=False, kernels=False, compiled=False, channels_last=False),
+        Options(graphs=False, kernels=False, compiled=False, channels_last=False, attention="kernel"),
         ("forward", "decode"),
     ),
 }
@@ -65,14 +67,23 @@ SLOW = 3
 """Repeats of a forward with the reference attention."""
 
 
-def forward(bench: Bench, engine: TorchEngine, window: int) -> Callable[[], None]:
-    """One forward over a chunk at a window of a full cache, ready to be run again and again."""
+def forward(bench: Bench, engine: TorchEngine, window: int, changed: bool = False) -> Callable[[], None]:
+    """One forward over a chunk at a window of a full cache, ready to be run again and again.
+
+    changed: as after a commit, when the keys are gathered anew; else as in the later passes of a chunk.
+    """
     g, prompt = bench.geometry, bench.prompt(engine, 1)
     session, table, noise = engine.open(), bench.table(window), bench.latents(g.chunk, 6)
     bench.fill([session])
     session.load(bench.latents(g.chunk, 5))
     times = time_tables(30, g.chunk, g.time_pairs)
-    return lambda: session.denoise(0, noise, *times, table, prompt)
+
+    def work() -> None:
+        if changed:
+            session.state = object()  # type: ignore[attr-defined]
+        session.denoise(0, noise, *times, table, prompt)
+
+    return work
 
 
 def decoding(bench: Bench, engine: TorchEngine) -> Callable[[], None]:
@@ -99,7 +110,19 @@ def stages(
             f"forward, window {window}",
             work=lambda window=window: row(forward(bench, engine(), window), f"one forward, window {window}"),  # type: ignore[misc]
         )
+    whole = f"forward, window {g.window}"
+    record.add(
+        "stages",
+        f"{whole}, gathering its keys",
+        work=lambda: row(forward(bench, engine(), g.window, changed=True), f"one {whole}"),
+    )
+    record.add("attention", work=lambda: chosen(engine()))
     record.add("stages", "decode", work=lambda: row(decoding(bench, engine()), "decoding a chunk"))
+
+
+def chosen(engine: CudaEngine) -> dict[str, Any]:
+    """Whether torch's attention serves windows of whole frames, and what one of a layer took by either."""
+    return {"library": engine.forwards[1].library, "ms": engine.attention_ms}
 
 
 def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks: int) -> None:
@@ -183,6 +206,8 @@ def ablations(bench: Bench, engine: Callable[[], CudaEngine], record: Record, re
             row["forward_ms"] = 1000 * bench.seconds(forward(bench, changed, bench.geometry.window), times)
         if "decode" in parts:
             row["decode_ms"] = 1000 * bench.seconds(decoding(bench, changed), repeats)
+        if options != Options():
+            changed.close()
         return row
 
     for name, (options, parts) in ABLATIONS.items():

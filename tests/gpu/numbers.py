@@ -29,6 +29,7 @@ def numbers(bench: Bench, engine: Callable[[], TorchEngine], record: Record) -> 
     pair = Pair(bench, engine)
     cases: dict[str, Callable[[], dict[str, float]]] = {"prompts": pair.conditioned}
     tables = segment_tables(bench.geometry, bench.geometry.chunk)
+    tables["whole window"] = [(int(a), int(n)) for a, n in bench.table(bench.geometry.window)]
     for step, (name, rows) in enumerate(tables.items()):
         cases[name] = lambda step=step, rows=rows: pair.forward(bench.geometry.chunk, step, rows)  # type: ignore[misc]
     cases |= {

@@ -41,7 +41,8 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     }
     assert made["video"]["with_vae"]["frames_per_second"] > 0 and not made["failed"]
     assert set(made["video"]) == {*engine.VIDEOS, *(f"switch, {name}: extra ms" for name in engine.SWITCHES)}
-    assert "forward, window 12" in made["stages"] and made["profile"]
+    assert {"forward, window 12", "forward, window 12, gathering its keys"} < set(made["stages"])
+    assert made["profile"] and made["attention"] == {"library": False, "ms": {}}
 
 
 @pytest.fixture
@@ -74,10 +75,10 @@ def test_wrong_numbers_are_not_timed_unless_told(program: Any) -> None:
 def test_one_failure_loses_nothing_else(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = engine.forward
 
-    def forward(bench: Any, made: Any, window: int) -> Any:
+    def forward(bench: Any, made: Any, window: int, changed: bool = False) -> Any:
         if window == 8:
             raise RuntimeError("misaligned address")
-        return original(bench, made, window)
+        return original(bench, made, window, changed)
 
     monkeypatch.setattr(engine, "forward", forward)
     code, made = program()

@@ -10,7 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from swiftvideo.export.cuda import CudaSession  # noqa: E402
+from swiftvideo.export import chunk_forward  # noqa: E402
+from swiftvideo.export.cuda import CudaEngine, CudaSession, Options  # noqa: E402
 from swiftvideo.export.torch_engine import TorchSession  # noqa: E402
 from tests.export import small  # noqa: E402
 
@@ -20,25 +21,29 @@ from .numbers import error, limit, numbers, passed  # noqa: E402
 from .record import Record  # noqa: E402
 
 Broken = Callable[..., Any]
-right = CudaSession._attention
+right = CudaEngine.attend
 
 
-def zeros(session: CudaSession, q: Any, *rest: Any) -> Any:
+def zeros(engine: CudaEngine, q: Any, *rest: Any) -> Any:
     return torch.zeros_like(q)
 
 
-def first_layer(session: CudaSession, *arguments: Any) -> Any:
-    return right(session, *arguments[:6], 0, *arguments[7:])
+def first_layer(engine: CudaEngine, *arguments: Any) -> Any:
+    return right(engine, *arguments[:6], 0, *arguments[7:])
 
 
-def without_cache(session: CudaSession, *arguments: Any) -> Any:
-    segments = arguments[5] * (arguments[5][..., :1] >= arguments[3].shape[2])
-    return right(session, *arguments[:5], segments, *arguments[6:])
+def without_cache(engine: CudaEngine, *arguments: Any) -> Any:
+    segments = arguments[5].clone()
+    if arguments[3].shape[2] > engine.geometry.rows:  # a chunk's block, which ends with the fresh rows
+        segments[:, 0] = torch.tensor([engine.geometry.rows, arguments[0].shape[1]])
+    else:
+        segments *= segments[..., :1] >= engine.geometry.rows
+    return right(engine, *arguments[:5], segments, *arguments[6:])
 
 
-def without_recaches(session: CudaSession, q: Any, *rest: Any) -> Any:
-    g = session.engine.geometry
-    return right(session, q, *rest) if q.shape[1] == g.chunk * g.frame_tokens else torch.zeros_like(q)
+def without_recaches(engine: CudaEngine, q: Any, *rest: Any) -> Any:
+    g = engine.geometry
+    return right(engine, q, *rest) if q.shape[1] == g.chunk * g.frame_tokens else torch.zeros_like(q)
 
 
 @pytest.fixture(autouse=True)
@@ -49,27 +54,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def figures(bench: Bench) -> dict[str, dict[str, Any]]:
+def figures(bench: Bench, options: Options | None = None) -> dict[str, dict[str, Any]]:
     record = Record(None, {})
     with torch.no_grad():
-        numbers(bench, bench.engine, record)
+        numbers(bench, lambda: bench.engine(options), record)
     found: dict[str, dict[str, Any]] = record.figures["numbers"]
     return found
 
 
 @pytest.mark.parametrize("attention", [right, zeros, first_layer, without_cache, without_recaches])
 def test_a_broken_attention_is_refused(attention: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 and over hundreds of keys, as on the GPU, where losing it would be lost among roundings."""
-    source = small.checkpoint()
-    bench = Bench(source.backbone.bfloat16(), source.vae, source.geometry(64, 96), source.schedule)
-    monkeypatch.setattr(CudaSession, "_attention", attention)
-    found = figures(bench)
+    monkeypatch.setattr(CudaEngine, "attend", attention)
+    found = figures(in_bfloat16())
     assert passed(found, "bf16") == (attention is right), found
     forwards = {case: row for case, row in found.items() if "x0" in row}
-    assert len(forwards) == 4 and set(forwards) > {"recache of 12 frames"}
+    assert len(forwards) == 5 and set(forwards) > {"recache of 12 frames", "whole window"}
     wrong = [case for case, row in forwards.items() if not passed({case: row}, "bf16")]
     if attention is without_recaches:
         assert wrong == ["recache of 12 frames"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_broken_attention_of_the_library_is_refused(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        monkeypatch.setattr(chunk_forward, "library_attention", lambda q, *rest: torch.zeros_like(q))
+    found = figures(in_bfloat16(), Options(attention="library"))
+    assert passed(found, "bf16") != broken, found
+    assert passed({"whole window": found["whole window"]}, "bf16") != broken
+
+
+def in_bfloat16() -> Bench:
+    """Over hundreds of keys, as on the GPU, where losing the attention would be lost among roundings."""
+    source = small.checkpoint()
+    return Bench(source.backbone.bfloat16(), source.vae, source.geometry(64, 96), source.schedule)
 
 
 def test_the_reference_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,228 @@
+"""The forward over a chunk on a GPU: buffers that all sessions of an engine share, and the graphs captured over them.
+
+Sessions take turns, chunk by chunk or pass by pass. What a chunk attends to is first copied together, the cached rows
+right before the fresh ones: K and V are one block then, which any attention can read, at an address that graphs know.
+That is done once per chunk, not once per pass: 5 GB read and written for the 1.3B model at a window of 12 frames, some
+1.5 of 250 ms. A session needs no memory beyond its cache, and nothing is captured when one begins (decision 0008).
+
+Attention over that block is this project's kernel or torch's own (cuDNN, else flash attention), whichever is faster
+here. The kernel finds in device memory what its keys are, so one graph serves every table; torch's needs their number,
+so it has a graph for each window of whole frames, and the kernel serves what is left.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from swiftvideo.runtime.engine import Float32, Int32, Prompt
+
+from .torch_engine import memory_for
+
+if TYPE_CHECKING:
+    from .cuda import CudaEngine, CudaSession
+
+Rows = list[tuple[int, int]]
+"""(start, length) of runs of rows."""
+
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+"""torch's attentions, in order of preference."""
+TRIALS = 10
+"""Runs of each attention that are timed to find the faster."""
+
+
+def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's attention of every query to every key: q [B,N,n,d], k, v [B,K,n,d] -> [B,N,n,d].
+
+    Raises RuntimeError where torch has none for this GPU, dtype or head width.
+    """
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        o: Tensor = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
+        )
+    return o.transpose(1, 2)
+
+
+class ChunkForward:
+    """The forward of an engine over a chunk of `batch` items. Use it inside the engine's lane."""
+
+    def __init__(self, engine: CudaEngine, batch: int) -> None:
+        g, device, dtype = engine.geometry, engine.device, engine.model.dtype
+        self.engine, self.batch = engine, batch
+        self.queries = g.chunk * g.frame_tokens
+        shape = (batch, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+        times = (batch, g.chunk, g.time_pairs)
+
+        def rows(count: int) -> tuple[Tensor, Tensor]:
+            size = (g.layers, batch, count, g.heads, g.head_dim)
+            made = torch.zeros(2, *size, dtype=dtype, device=device)
+            return made[0], made[1]
+
+        with memory_for(f"K and V of a window, batch {batch}, on {device}"):
+            self.latents, self.noise, self.x0 = (torch.zeros(shape, device=device) for _ in range(3))
+            self.time_cos, self.time_sin = (torch.zeros(times, device=device) for _ in range(2))
+            self.step = torch.zeros((), dtype=torch.int64, device=device)
+            self.table = torch.zeros(batch, 6, 2, dtype=torch.int32, device=device)
+            self.cross = rows(g.text_len)
+            self.keys, self.values = rows(g.rows + self.queries)
+        self.fresh = self.keys[:, :, g.rows :], self.values[:, :, g.rows :]
+        self.module = copy.copy(engine.denoising)
+        self.module.attention = self._attention  # type: ignore[method-assign]
+        self.module.fresh = self.fresh
+        self.library = False
+        """Whether torch's attention serves windows of whole frames."""
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self._shown = 0
+        self._held: tuple[object, Rows] | None = None
+        self._prompt: Prompt | None = None
+        self._owner: weakref.ref[CudaSession] | None = None
+
+    def run(
+        self,
+        session: CudaSession,
+        step: int,
+        noise: Float32 | None,
+        times: tuple[Float32, Float32],
+        segments: Int32,
+        prompt: Prompt,
+    ) -> None:
+        """`EngineSession.denoise` of a session whose latents are a chunk; they, its x0 and its fresh K and V follow."""
+        if not self._graphs:
+            self._prepare()
+        assert session.latents is not None
+        lane = self.engine.lane
+        self._release(session)
+        if prompt is not self._prompt:
+            for mine, theirs in zip(self.cross, self.engine.crossed(prompt), strict=True):
+                mine.copy_(theirs)
+            self._prompt = prompt
+        shown = self._gather(session, segments)
+        self.step.fill_(step)
+        self.latents.copy_(session.latents)
+        if noise is not None:  # else the next sigma is 0, and whatever the buffer holds is finite
+            lane.upload(self.noise, noise)
+        for mine, value in zip((self.time_cos, self.time_sin), times, strict=True):
+            lane.upload(mine, np.broadcast_to(value, mine.shape))
+        self._graphs[shown if shown in self._graphs else 0]()
+        session.latents, session.clean = self.latents.clone(), self.x0.clone()
+        session.fresh, self._owner = self.fresh, weakref.ref(session)
+
+    def leave(self, session: CudaSession) -> None:
+        """The session's fresh K and V are no longer needed."""
+        if self._owner is not None and self._owner() is session:
+            self._owner = None
+
+    def close(self) -> None:
+        """Give back what graphs and buffers hold; the attention refers back to this."""
+        self._graphs = {}
+        self.module.__dict__.pop("attention", None)
+
+    def _release(self, session: CudaSession) -> None:
+        """Another session's K and V that it has not committed yet become its own."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not session and owner.fresh is not None:
+            owner.fresh = owner.fresh[0].clone(), owner.fresh[1].clone()
+        self._owner = None
+
+    def _gather(self, session: CudaSession, segments: Int32) -> int:
+        """Put the listed cached rows before the fresh ones, unless they are there.
+
+        Returns the number of keys if they are one block that ends with all fresh rows, else 0.
+        """
+        rows = self.engine.geometry.rows
+        cached = [(a, min(a + n, rows) - a) for a, n in segments.tolist() if n and a < rows]
+        fresh = _joined([(max(a, rows), a + n - max(a, rows)) for a, n in segments.tolist() if a + n > rows])
+        at = rows - sum(length for _, length in cached)
+        if self._held is None or self._held[0] is not session.state or self._held[1] != cached:
+            self._held, row = (session.state, cached), at
+            for start, length in cached:
+                for mine, theirs in ((self.keys, session.cache_k), (self.values, session.cache_v)):
+                    mine[:, :, row : row + length] = theirs[:, :, start : start + length]
+                row += length
+        shown = _joined([(at, rows - at), *fresh])
+        table = np.zeros((6, 2), np.int32)
+        table[: len(shown)] = shown
+        self.engine.lane.upload(self.table, np.broadcast_to(table, self.table.shape))
+        return rows - at + self.queries if shown == [(at, rows - at + self.queries)] else 0
+
+    def _prepare(self) -> None:
+        """Capture the graph of every table, and with torch's attention one for each window of whole frames."""
+        engine, g = self.engine, self.engine.geometry
+        self.library = engine.options.attention == "library"
+        if engine.options.attention == "fastest":
+            self.library = self._library_is_faster()
+        counts = range(self.queries, g.window * g.frame_tokens + 1, g.frame_tokens) if self.library else ()
+        self.table[:, 0, 0], self.table[:, 0, 1] = g.rows, self.queries
+        pool = engine.lane.pool()
+        for shown in (0, *counts):
+            self._graphs[shown] = self._ready(shown, pool)
+
+    def _ready(self, shown: int, pool: Any) -> Callable[[], None]:
+        """The forward with `shown` keys by torch's attention; 0: those of the table by the kernel."""
+
+        def forward() -> None:
+            self._shown = shown
+            x0, following, *_ = self.module(
+                *(self.latents, self.noise, self.step, self.time_cos, self.time_sin),
+                *(self.keys, self.values, self.table, *self.cross),
+            )
+            self.x0.copy_(x0)
+            self.latents.copy_(following)
+
+        # The first run compiles; with other numbers of keys there is only an attention to choose.
+        runs = 1 if self._graphs else 3
+        return self.engine.lane.capture(forward, pool, runs) if self.engine.options.graphs else forward
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        """Attention over the block. Its fresh rows are there already, `k` and `v` once more."""
+        if not self._shown:
+            return self.engine.attend(q, k, v, *rest)
+        layer, end = int(rest[3]), self.keys.shape[2]
+        k, v = (block[layer, :, end - self._shown :] for block in (self.keys, self.values))
+        return library_attention(q, k, v, rest[4])
+
+    def _library_is_faster(self) -> bool:
+        """Whether torch's attention over the whole window takes less time here than the kernel."""
+        g, engine = self.engine.geometry, self.engine
+        if engine.device.type != "cuda" or engine.model.dtype is torch.float32:
+            return False  # neither of torch's attentions takes float32
+        shown = min(g.window * g.frame_tokens, self.keys.shape[2])
+        self.table[:, 0, 0], self.table[:, 0, 1] = self.keys.shape[2] - shown, shown
+        for block in (self.keys[0], self.values[0]):  # zeros take less power
+            block.normal_()
+        shape = (self.batch, self.queries, g.heads, g.head_dim)
+        q, k, v = (torch.randn(shape, device=engine.device).to(engine.model.dtype) for _ in range(3))
+
+        def timed(keys: int) -> float:
+            self._shown = keys
+            given = (q, k, v, self.keys, self.values, self.table, 0, g.head_dim**-0.5)
+            return engine.lane.milliseconds(lambda: self._attention(*given), TRIALS)
+
+        ours = timed(0)
+        try:
+            theirs = timed(shown)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            theirs = float("inf")  # torch has none for this GPU
+        engine.attention_ms = {"kernel": ours, "library": theirs}
+        return theirs < ours
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> Rows:
+    """Runs without the empty ones, neighbours made one."""
+    made: Rows = []
+    for start, length in runs:
+        if made and made[-1][0] + made[-1][1] == start:
+            made[-1] = made[-1][0], made[-1][1] + length
+        elif length:
+            made.append((start, length))
+    return made

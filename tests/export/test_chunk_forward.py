@@ -1,0 +1,222 @@
+"""The chunk's forward that all sessions of a GPU's engine share, rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition, Thread, get_ident
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swiftvideo.export.chunk_forward import ChunkForward
+from swiftvideo.export.cuda import CudaEngine, Options
+from swiftvideo.runtime.errors import OutOfMemoryError, UsageError
+from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
+from swiftvideo.runtime.positions import time_tables
+from swiftvideo.runtime.rollout import Step
+from tests.gpu.model import padded
+
+from .rehearsal import engines, switching
+
+
+def test_a_recache_leaves_nothing_behind() -> None:
+    """K and V of its frames are many times a chunk's."""
+    _, engine = engines()
+    chunk = engine.geometry.chunk
+    rollout = switching(engine, PolicySettings(policy="recache"))
+    session: Any = rollout.tensors
+    seen, commit = [], session.commit
+
+    def committed(ranges: Any) -> None:
+        made = [weakref.ref(value) for value in session.fresh]
+        frames = session.fresh[0].shape[2] // engine.geometry.frame_tokens
+        shared = session.fresh[0] is engine.forwards[1].fresh[0]
+        commit(ranges)
+        seen.append((frames, shared, [value() is not None for value in made]))
+
+    session.commit = committed
+    for _ in range(3):
+        rollout.advance()
+    assert seen == [
+        (chunk, True, [True, True]),
+        (chunk, True, [True, True]),
+        (2 * chunk, False, [False, False]),
+        (chunk, True, [True, True]),
+    ]
+    with pytest.raises(UsageError, match="nothing to commit"):
+        session.commit = commit
+        session.commit(np.array([[0, 6, 1]], np.int32))
+    rollout.close()
+
+
+@pytest.mark.parametrize("attention", ["kernel", "library"])
+def test_sessions_take_turns_between_any_two_passes(attention: Any) -> None:
+    """They share the chunk's buffers: each must find its own latents, prompt, keys, and K and V to commit."""
+    _, engine = engines(options=Options(attention=attention))
+    seeds = (1, 2)
+    alone = [[chunk.latents for chunk in _chunks(engine, seed)] for seed in seeds]
+    order = Turns(engine, len(seeds))
+    together: list[Any] = [None, None]
+
+    def play(number: int) -> None:
+        with order.of(number):
+            together[number] = [chunk.latents for chunk in _chunks(engine, seeds[number])]
+
+    threads = [Thread(target=play, args=(number,)) for number in range(len(seeds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert order.turns > 4 * 5 * len(seeds), "they did take turns"
+    assert not np.allclose(alone[0], alone[1])
+    np.testing.assert_allclose(together, alone, atol=1e-5)  # torch has other numbers of threads in threads
+
+
+def _chunks(engine: CudaEngine, seed: int) -> list[Step]:
+    """Of a video whose prompt changes in its third chunk."""
+    rollout = switching(engine, PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0)), seed)
+    made = [rollout.advance() for _ in range(5)]
+    rollout.close()
+    return made
+
+
+class Turns:
+    """Lets threads run one pass each in turn: before a thread goes on after its pass, each other one has run one."""
+
+    def __init__(self, engine: CudaEngine, count: int) -> None:
+        self.engine, self.count, self.turns = engine, count, 0
+        self.next, self.left = 0, set[int]()
+        self.changed = Condition()
+        self.number: dict[int, int] = {}
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        forward: Any = self.engine.forwards[1]
+        with self.changed:
+            self.number[get_ident()] = number
+            if not hasattr(forward, "_alone"):
+                forward._alone, forward.run = forward.run, self.run
+        yield
+        with self.changed:
+            self.left.add(number)
+            self.changed.notify_all()
+
+    def run(self, *arguments: Any) -> None:
+        mine = self.number[get_ident()]
+        others = set(range(self.count)) - {mine}
+        self.engine.forwards[1]._alone(*arguments)  # type: ignore[attr-defined]
+        self.engine.lane._held.release()  # denoise() has taken it
+        with self.changed:
+            self.turns += 1
+            self.next = (mine + 1) % self.count
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.next == mine or others <= self.left, 60)
+        self.engine.lane._held.acquire()
+
+
+def test_keys_are_gathered_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where the cache changed, or another session came between."""
+    _, engine = engines()
+    rollouts = [switching(engine, PolicySettings()) for _ in range(2)]
+    held: list[Any] = []
+    gather = ChunkForward._gather
+
+    def counted(self: Any, session: Any, segments: Any) -> int:
+        before = self._held
+        shown = gather(self, session, segments)
+        held.append(self._held is not before)
+        return shown
+
+    monkeypatch.setattr(ChunkForward, "_gather", counted)
+    for rollout in (rollouts[0], rollouts[0], rollouts[1]):
+        held.clear()
+        rollout.advance()
+        assert held == [True, False, False, False, False]
+
+
+def test_memory_of_a_session_is_its_cache() -> None:
+    """Chunks' buffers and graphs are the engine's: sixteen sessions have no more of them than one."""
+    _, engine = engines()
+    a, b = engine.open(), engine.open()
+    assert a.forward is b.forward is engine.forwards[1]
+    assert a.cache_k.data_ptr() != b.cache_k.data_ptr()
+    g = engine.geometry
+    latents = np.ones((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+    a.load(latents)
+    b.load(2 * latents)
+    assert a.latents is not None and float(a.latents.max()) == 1
+    assert engine.open(2).forward is not a.forward
+
+
+def test_the_library_has_a_graph_for_every_window_of_whole_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tables with less than all fresh rows, or parts of frames, are the kernel's."""
+    _, engine = engines(options=Options(attention="library"))
+    g, used = engine.geometry, []
+    session, chunk = engine.open(), engine.forwards[1]
+    attend = engine.attend
+    chunk.module.attention = lambda *given: (
+        used.append(chunk._shown) or ChunkForward._attention(chunk, *given)
+    )  # type: ignore[method-assign, func-returns-value]
+    monkeypatch.setattr(engine, "attend", lambda *given: used.append(-1) or attend(*given))
+    (prompt,) = [engine.condition(np.ones((1, g.text_len, g.text_dim), np.float32))]
+    shape = (1, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
+    times = time_tables(3, g.chunk, g.time_pairs)
+    first, fresh = g.memory_rows, (g.rows, g.chunk * g.frame_tokens)
+    tables = {
+        "the chunk alone": ([fresh], fresh[1]),
+        "two frames before it": ([(first, 2 * g.frame_tokens), fresh], fresh[1] + 2 * g.frame_tokens),
+        "the same, in pieces": (
+            [
+                (first + 9, 1),
+                (first, 9),
+                (first + 12, 2 * g.frame_tokens - 10),
+                (g.rows, 4),
+                (g.rows + 4, fresh[1] - 4),
+            ],
+            fresh[1] + 2 * g.frame_tokens,
+        ),
+        "a row too many": ([(0, 1), fresh], 0),
+        "fresh rows left out": ([(first, 2), (g.rows + 2, fresh[1] - 2)], 0),
+    }
+    session.load(np.zeros(shape, np.float32))
+    session.denoise(4, None, *times, padded([fresh]), prompt)
+    for name, (rows, shown) in tables.items():
+        used.clear()
+        session.load(np.zeros(shape, np.float32))
+        session.denoise(4, None, *times, padded(rows), prompt)
+        expected = [shown] if shown else [0, -1]
+        assert used == expected * g.layers, name
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.31 GiB")
+
+    _, engine = engines()
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(
+        OutOfMemoryError, match=r"no memory for K and V of a window, batch 3, on cpu .* 4.31 GiB"
+    ):
+        engine.open(3)
+
+
+def test_a_closed_engine_is_freed_at_once() -> None:
+    _, engine = engines()
+    rollout = switching(engine, PolicySettings())
+    rollout.advance()
+    forward, model = weakref.ref(engine.forwards[1]), weakref.ref(engine.model)
+    rollout.close()
+    gc.collect()
+    gc.disable()
+    try:
+        engine.close()
+        engine.close()
+        del engine, rollout
+        assert forward() is None and model() is None
+    finally:
+        gc.enable()
