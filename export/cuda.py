@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
 from swiftvideo.runtime.geometry import Geometry
+from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
+from swiftvideo.runtime.plugins.split import Split, workspace
 
 from .chunk_forward import ChunkForward
 from .graphs import Denoise
@@ -102,6 +104,8 @@ class CudaEngine(TorchEngine):
         self.denoising.attention = self.attend  # type: ignore[method-assign]
         self.lane, self.decoding = Lane(self.device), Lane(self.device)
         self.launchers: dict[str, Any] = {}
+        self.split: Split | None = None
+        self.partial: Tensor | None = None
         self.forwards: dict[int, ChunkForward] = {}
         self.attention_ms: dict[str, float] = {}
         """What one attention over the whole window took, where that was measured."""
@@ -131,6 +135,9 @@ class CudaEngine(TorchEngine):
         names = {value: name for name, value in DTYPES.items()}
         kernels = compile_all(10 * major + minor, names[self.model.dtype], self.geometry.head_dim)
         self.launchers = {op: Launcher(kernel) for op, kernel in kernels.items()}
+        self.split = Split.of(self.launchers[ATTENTION])
+        size = workspace(kernels[ATTENTION].spec) // 4
+        self.partial = torch.empty(size, dtype=torch.float32, device=self.device)
 
     def condition(self, embeds: Float32, text: str = "") -> Prompt:
         """See `Engine.condition`; the prompt's K and V are there when this returns."""
@@ -158,7 +165,7 @@ class CudaEngine(TorchEngine):
         self.decoding.wait()
         for forward in self.forwards.values():
             forward.close()
-        self.forwards, self.launchers = {}, {}
+        self.forwards, self.launchers, self.partial = {}, {}, None
         self.denoising.__dict__.pop("attention", None)
 
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -186,12 +193,16 @@ class CudaEngine(TorchEngine):
         batch, queries, heads, _ = q.shape
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         o = torch.empty_like(q)
-        self.launch(
-            "DynamicWindowAttention",
-            {"queries": queries, "heads": heads, "batch": batch},
-            *(q, k, v, cache_k, cache_v, segments, o),
-            *(layer, scale, batch, heads, queries, cache_k.shape[2]),
-        )
+        rows = cache_k.shape[2]
+        assert self.split is not None
+        for phase in self.split.phases(queries, heads, batch, rows):
+            self.launch(
+                ATTENTION,
+                {"programs": phase.programs},
+                *(q, k, v, cache_k, cache_v, segments, o, self.partial),
+                *(layer, scale, batch, heads, queries, rows),
+                *phase.arguments,
+            )
         return o
 
     def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
@@ -298,7 +309,7 @@ class CudaSession(TorchSession):
             inputs = [self.sent(value) for value in values]
             bridge, anchor = (self.cache_v.new_empty(g.layers, batch, k, g.heads, g.head_dim) for k in (2, 1))
             self.engine.launch(
-                "SemanticInjection",
+                INJECTION,
                 {"heads": g.heads, "batch": batch, "layers": g.layers},
                 *(self.cache_v, *inputs, bridge, anchor),
                 *(batch, g.heads, g.rows),
@@ -363,7 +374,7 @@ class CudaSession(TorchSession):
         g = self.engine.geometry
         tables = [self.sent(table.astype(np.float32)) for table in (cos, sin)]
         self.engine.launch(
-            "PlaceRows",
+            PLACE,
             {"count": count, "heads": g.heads, "items": g.layers * self.batch},
             *(source, self.cache_k, *tables),
             *(source.shape[2], g.rows, first, count, g.heads, len(cos)),

@@ -1,10 +1,13 @@
 """DynamicWindowAttention as a Triton kernel: online softmax over up to six segments of rows.
 
-One program computes BLOCK_M queries of one head of one item. Keys come in blocks of BLOCK_N. What is left at a
+One program computes a tile, BLOCK_M queries of one head of one item. Keys come in blocks of BLOCK_N. What is left at a
 segment's end, and before the border between the cache and the fresh rows, comes first and is masked. All blocks that
 lie whole within a segment and within one tensor follow in one loop without masks, so the loads of the next blocks
 overlap with the arithmetic across a segment's end as well. Which rows a block has is worked out from the table in
 device memory: a captured CUDA graph serves every window.
+
+Tiles that would not fill the GPU once more are split: several programs take a part of a tile's blocks each and write
+their sums, and a second launch of the same kernel merges them (swiftvideo.runtime.plugins.split says which).
 """
 
 from __future__ import annotations
@@ -85,6 +88,66 @@ def _fold(scores, values, highest, total, sums, scale):
 
 
 @triton.jit
+def _write(
+    o, tile, rows, values, queries, heads, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Results of some rows of a tile into o."""
+    item, head, first = _of(tile, queries, heads, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    mine = first + rows
+    width = heads * HEAD
+    at = (
+        o
+        + item.to(tl.int64) * queries * width
+        + head * HEAD
+        + mine.to(tl.int64)[:, None] * width
+        + columns[None, :]
+    )
+    tl.store(at, values.to(o.dtype.element_ty), mask=(mine < queries)[:, None] & (columns < HEAD)[None, :])
+
+
+@triton.jit
+def _of(tile, queries, heads, BLOCK_M: tl.constexpr):
+    """(item, head, first query) of a tile."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    return tile // (blocks * heads), tile // blocks % heads, tile % blocks * BLOCK_M
+
+
+@triton.jit
+def _merge(
+    o,
+    partial,
+    queries,
+    heads,
+    unsplit,
+    pieces,
+    HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """MERGED rows of a tile from the sums of its pieces."""
+    over = tl.program_id(0) // (BLOCK_M // MERGED)
+    mine = tl.program_id(0) % (BLOCK_M // MERGED) * MERGED + tl.arange(0, MERGED)
+    columns = tl.arange(0, BLOCK_D)
+    highest = tl.full([MERGED], float("-inf"), tl.float32)
+    total = tl.zeros([MERGED], tl.float32)
+    sums = tl.zeros([MERGED, BLOCK_D], tl.float32)
+    for piece in tl.range(0, pieces):
+        at = partial + (over * pieces + piece).to(tl.int64) * (BLOCK_M * (BLOCK_D + 2))
+        theirs = tl.load(at + BLOCK_M * BLOCK_D + mine)
+        higher = tl.maximum(highest, theirs)
+        base = tl.where(higher > float("-inf"), higher, 0.0)  # a piece without keys has -inf and zeros
+        fade, weight = tl.exp2(highest - base), tl.exp2(theirs - base)
+        total = total * fade + tl.load(at + BLOCK_M * (BLOCK_D + 1) + mine) * weight
+        values = tl.load(at + mine[:, None] * BLOCK_D + columns[None, :])
+        sums = sums * fade[:, None] + values * weight[:, None]
+        highest = higher
+    result = sums / tl.where(total > 0, total, 1.0)[:, None]
+    _write(o, unsplit + over, mine, result, queries, heads, HEAD, BLOCK_D, BLOCK_M)
+
+
+@triton.jit
 def dynamic_window_attention(
     q,
     fresh_k,
@@ -93,26 +156,91 @@ def dynamic_window_attention(
     cache_v,
     segments,
     o,
+    partial,
     layer,
     scale,
     batch,
     heads,
     queries,
     rows,
+    unsplit,
+    pieces,
+    merging,
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MERGED: tl.constexpr,
     AHEAD: tl.constexpr = False,
 ):
     """o = attention of q over the listed rows (see `swiftvideo.export.ops.dynamic_window_attention`).
 
     q, fresh_k, fresh_v, o [batch,queries,heads,HEAD]; cache_k, cache_v [layers,batch,rows,heads,HEAD]; segments int32
-    [batch,6,2]; scale > 0, float32. Without any key, o is zero. Grid: (ceil(queries / BLOCK_M), heads, batch). AHEAD:
-    begin a block's scores before the exponentials of the block before it.
+    [batch,6,2]; scale > 0, float32. Without any key, o is zero. AHEAD: begin a block's scores before the exponentials
+    of the block before it.
+
+    Tiles from `unsplit` on are computed by `pieces` programs each, which write sums, largest logits and totals to
+    `partial`, float32 [tile, piece, BLOCK_M * (BLOCK_D + 2)]; launched again with `merging`, BLOCK_M / MERGED programs
+    a tile make o of them.
     """
-    head = tl.program_id(1)
-    item = tl.program_id(2)
+    if merging:
+        _merge(o, partial, queries, heads, unsplit, pieces, HEAD, BLOCK_D, BLOCK_M, MERGED)
+    else:
+        _attend(
+            q,
+            fresh_k,
+            fresh_v,
+            cache_k,
+            cache_v,
+            segments,
+            o,
+            partial,
+            layer,
+            scale,
+            batch,
+            heads,
+            queries,
+            rows,
+            unsplit,
+            pieces,
+            HEAD,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_N,
+            AHEAD,
+        )
+
+
+@triton.jit
+def _attend(
+    q,
+    fresh_k,
+    fresh_v,
+    cache_k,
+    cache_v,
+    segments,
+    o,
+    partial,
+    layer,
+    scale,
+    batch,
+    heads,
+    queries,
+    rows,
+    unsplit,
+    pieces,
+    HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """A tile, or one piece of one."""
+    over = tl.program_id(0) - unsplit
+    split = over >= 0
+    tile = tl.where(split, unsplit + over // pieces, tl.program_id(0))
+    piece = tl.where(split, over % pieces, 0)
+    item, head, first_query = _of(tile, queries, heads, BLOCK_M)
     width = heads * HEAD
     columns = tl.arange(0, BLOCK_D)
     inside = columns < HEAD
@@ -132,10 +260,11 @@ def dynamic_window_attention(
     whole4 = _whole(segments, 4, whole3[3], rows, limit, BLOCK_N)
     whole5 = _whole(segments, 5, whole4[3], rows, limit, BLOCK_N)
     whole = (whole0, whole1, whole2, whole3, whole4, whole5)
-    blocks = whole5[3]
+    first = tl.where(split, whole5[3] * piece // pieces, 0)
+    blocks = tl.where(split, whole5[3] * (piece + 1) // pieces, whole5[3])
 
-    mine = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_rows = tl.minimum(mine, queries - 1).to(tl.int64) * width
+    mine = tl.arange(0, BLOCK_M)
+    q_rows = tl.minimum(first_query + mine, queries - 1).to(tl.int64) * width
     q_at = q + fresh_item + q_rows[:, None] + columns[None, :]
     queries_tile = _load(q_at, inside, BLOCK_D == HEAD)
 
@@ -144,39 +273,48 @@ def dynamic_window_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offsets = tl.arange(0, BLOCK_N)
-    tile = offsets[:, None] * width + columns[None, :]
-    for rest in tl.range(0, 12, num_stages=1):  # of each segment in the cache and in the fresh rows
+    tile_of_keys = offsets[:, None] * width + columns[None, :]
+    for rest in tl.range(
+        0, 12, num_stages=1
+    ):  # of each segment, cached and fresh; all of them the first piece's
         start, length, cached = _segment(segments, rest // 2, rows, limit)
         is_fresh = rest % 2 == 1
         count = tl.where(is_fresh, length - cached, cached) % BLOCK_N
-        if count > 0:
+        if tl.where(piece == 0, count, 0) > 0:
             row = start + tl.where(is_fresh, length - rows, cached) - count
             there = offsets < count
             shown = there[:, None] & inside[None, :]
-            keys = tl.load(_at(is_fresh, row, fresh_k, cache_k, width, tile), mask=shown, other=0.0)
-            values = tl.load(_at(is_fresh, row, fresh_v, cache_v, width, tile), mask=shown, other=0.0)
+            keys = tl.load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), mask=shown, other=0.0)
+            values = tl.load(_at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys), mask=shown, other=0.0)
             scores = tl.where(there[None, :], _scores(queries_tile, keys), float("-inf"))
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     if AHEAD:
-        if blocks > 0:
-            is_fresh, row = _place(0, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
+        if blocks > first:
+            is_fresh, row = _place(first, whole, rows, BLOCK_N)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD)
             scores = _scores(queries_tile, keys)
-            for block in tl.range(0, blocks):
-                v_at = _at(is_fresh, row, fresh_v, cache_v, width, tile)
+            for block in tl.range(first, blocks):
+                v_at = _at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys)
                 is_fresh, row = _place(tl.minimum(block + 1, blocks - 1), whole, rows, BLOCK_N)
-                keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
+                keys = _load(
+                    _at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD
+                )
                 following = _scores(queries_tile, keys)
                 values = _load(v_at, inside, BLOCK_D == HEAD)
                 highest, total, sums = _fold(scores, values, highest, total, sums, scale)
                 scores = following
     else:
-        for block in tl.range(0, blocks):
+        for block in tl.range(first, blocks):
             is_fresh, row = _place(block, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile), inside, BLOCK_D == HEAD)
+            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD)
             scores = _scores(queries_tile, keys)
-            values = _load(_at(is_fresh, row, fresh_v, cache_v, width, tile), inside, BLOCK_D == HEAD)
+            values = _load(_at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys), inside, BLOCK_D == HEAD)
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
-    result = sums / tl.where(total > 0, total, 1.0)[:, None]
-    o_at = o + fresh_item + mine.to(tl.int64)[:, None] * width + columns[None, :]
-    tl.store(o_at, result.to(o.dtype.element_ty), mask=(mine < queries)[:, None] & inside[None, :])
+    if split:
+        at = partial + over.to(tl.int64) * (BLOCK_M * (BLOCK_D + 2))
+        tl.store(at + mine[:, None] * BLOCK_D + columns[None, :], sums)
+        tl.store(at + BLOCK_M * BLOCK_D + mine, highest)
+        tl.store(at + BLOCK_M * (BLOCK_D + 1) + mine, total)
+    else:
+        result = sums / tl.where(total > 0, total, 1.0)[:, None]
+        _write(o, tile, mine, result, queries, heads, HEAD, BLOCK_D, BLOCK_M)

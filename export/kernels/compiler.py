@@ -32,15 +32,18 @@ CAPABILITIES = (80, 86, 89, 90, 120)
 SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 """Bytes of shared memory that one block may use, by compute capability."""
 
+MERGED = 32
+"""Queries of a split tile that one program merges."""
+
 _TRITON = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _INTEGERS = frozenset(
     (
         *("layer", "batch", "heads", "queries", "rows", "words", "count", "pairs"),
-        *("source_rows", "target_rows", "target_first"),
+        *("source_rows", "target_rows", "target_first", "unsplit", "pieces", "merging"),
     )
 )
 _INT_POINTERS = frozenset(("segments", "spans", "ranges"))
-_FLOAT_POINTERS = frozenset(("old_signature", "new_signature", "rho", "mix", "cos", "sin"))
+_FLOAT_POINTERS = frozenset(("old_signature", "new_signature", "rho", "mix", "cos", "sin", "partial"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def compile_kernel(
     assert made.metadata.global_scratch_size == 0, (
         "the kernel wants scratch memory, which no launcher gives it"
     )
+    tile = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "MERGED")
     spec = KernelSpec(
         op=op,
         entry=entry[1],
@@ -138,6 +142,7 @@ def compile_kernel(
         grid=grid,
         sha256=hashlib.sha256(cubin).hexdigest(),
         compiler=f"triton {triton.__version__}",
+        tile=tuple(constants[name] for name in tile) if op == ATTENTION else (),
     )
     return Compiled(Kernel(spec, cubin), ptx)
 
@@ -177,8 +182,8 @@ def _recipe(
     head = {"HEAD": head_dim, "BLOCK_D": block_width(head_dim)}
     if op == ATTENTION:
         t = tiles or attention_tiles(capability, dtype, head_dim)
-        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys, "AHEAD": t.ahead}
-        grid = (Axis(("queries",), t.queries), Axis(("heads",)), Axis(("batch",)))
+        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys, "MERGED": MERGED, "AHEAD": t.ahead}
+        grid = (Axis(("programs",)), Axis(()), Axis(()))
         return dynamic_window_attention, constants, grid, t.warps, t.stages
     if op == INJECTION:
         grid = (Axis(("heads",)), Axis(("batch",)), Axis(("layers",)))

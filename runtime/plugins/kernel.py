@@ -32,16 +32,14 @@ FOLDER = "kernels"
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of the grid: the product of the named sizes, divided by `per` and rounded up."""
+    """One axis of the grid: the product of the named sizes, divided by `per` and rounded up; 1 without sizes."""
 
     sizes: tuple[str, ...]
     per: int = 1
 
     def __post_init__(self) -> None:
-        if self.per < 1 or not self.sizes:
-            raise SettingsError(
-                f"grid axis {self.sizes} per {self.per}: sizes and a positive number are needed"
-            )
+        if self.per < 1:
+            raise SettingsError(f"grid axis {self.sizes} per {self.per}: a positive number is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,8 @@ class KernelSpec:
     sha256: str
     """Of the cubin."""
     compiler: str = ""
+    tile: tuple[int, ...] = ()
+    """Of the attention: queries, keys, width of a row, and queries that one merging program takes (split.py)."""
 
     def __post_init__(self) -> None:
         wrong = [kind for _, kind in self.arguments if kind not in KINDS]
@@ -72,6 +72,10 @@ class KernelSpec:
             raise SettingsError(
                 f"kernel {self.op!r} of {self.dtype!r} with {len(self.grid)} axes and arguments {wrong}: "
                 f"ops are {', '.join(OPS)}, dtypes {', '.join(DTYPES)}, kinds {', '.join(KINDS)}"
+            )
+        if len(self.tile) != (4 if self.op == ATTENTION else 0) or min(self.tile, default=1) < 1:
+            raise SettingsError(
+                f"kernel {self.op} has tile {self.tile}: the attention's has four sizes, others none"
             )
         if min(self.warps, self.head_dim, self.capability) < 1 or min(self.shared, self.scratch) < 0:
             raise SettingsError(
@@ -99,6 +103,7 @@ class KernelSpec:
             data: dict[str, Any] = json.loads(text)
             data["grid"] = tuple(Axis(tuple(axis["sizes"]), axis["per"]) for axis in data["grid"])
             data["arguments"] = tuple((str(name), str(kind)) for name, kind in data["arguments"])
+            data["tile"] = tuple(map(int, data["tile"]))
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BundleIntegrityError(

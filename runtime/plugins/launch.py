@@ -93,6 +93,16 @@ class Launcher:
         )
         return int(code)
 
+    def slots(self) -> int:
+        """Blocks of this kernel that the current GPU runs at once."""
+        driver, what = self._driver, f"asking how many blocks of {self.spec.stem} fit the GPU"
+        device = check(driver, driver.cuCtxGetDevice(), what)
+        count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        multiprocessors = check(driver, driver.cuDeviceGetAttribute(count, device), what)
+        limits = self._function, 32 * self.spec.warps, self.spec.shared
+        each = check(driver, driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(*limits), what)
+        return int(multiprocessors) * max(1, int(each))
+
     def run(self, stream: int, sizes: Mapping[str, int], *values: float) -> None:
         """`launch`, raising EngineError when it fails."""
         code = self.launch(stream, sizes, *values)

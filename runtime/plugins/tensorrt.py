@@ -20,6 +20,7 @@ from swiftvideo.runtime.errors import EngineError, SettingsError
 
 from .kernel import ATTENTION, INJECTION, Kernel, KernelSpec
 from .launch import Launcher
+from .split import Split, workspace
 
 NAMESPACE = "swift"
 VERSION = "1"
@@ -121,6 +122,7 @@ def _plugin_class(trt: Any) -> type[Any]:
             self.num_outputs = 1 if op == ATTENTION else 2
             self.layer, self.scale, self.kernel = layer, scale, kernel
             self.launcher: Launcher | None = None
+            self.split: Split | None = None
             self.serialised: list[tuple[Any, Any]] = []
 
         # -- core
@@ -165,7 +167,7 @@ def _plugin_class(trt: Any) -> type[Any]:
             return shapes
 
         def get_workspace_size(self, *_: Any) -> int:
-            return 0
+            return workspace(self.kernel.spec) if self.plugin_name == ATTENTION else 0
 
         # -- run time
 
@@ -184,29 +186,23 @@ def _plugin_class(trt: Any) -> type[Any]:
             """There is one tactic."""
 
         @_remembered
-        def enqueue(self, inputs: Any, outputs: Any, given: Any, made: Any, _: int, stream: int) -> None:
+        def enqueue(
+            self, inputs: Any, outputs: Any, given: Any, made: Any, partial: int, stream: int
+        ) -> None:
             if self.launcher is None:  # a context is current only from here on
                 self.launcher = Launcher(self.kernel)
+                self.split = Split.of(self.launcher) if self.plugin_name == ATTENTION else None
             first = tuple(inputs[0].dims)
-            if self.plugin_name == ATTENTION:
-                batch, queries, heads, _width = first
-                rows = inputs[3].dims[2]
-                sizes = {"queries": queries, "heads": heads, "batch": batch}
-                values: tuple[float, ...] = (
-                    *given,
-                    *made,
-                    self.layer,
-                    self.scale,
-                    batch,
-                    heads,
-                    queries,
-                    rows,
-                )
-            else:
+            if self.split is None:
                 layers, batch, rows, heads, _width = first
                 sizes = {"heads": heads, "batch": batch, "layers": layers}
-                values = (*given, *made, batch, heads, rows)
-            self.launcher.run(stream, sizes, *values)
+                self.launcher.run(stream, sizes, *given, *made, batch, heads, rows)
+                return
+            batch, queries, heads, _width = first
+            rows = inputs[3].dims[2]
+            values = (*given, *made, partial, self.layer, self.scale, batch, heads, queries, rows)
+            for phase in self.split.phases(queries, heads, batch, rows):
+                self.launcher.run(stream, {"programs": phase.programs}, *values, *phase.arguments)
 
     return SwiftPlugin
 

@@ -19,6 +19,7 @@ from swiftvideo.export.kernels.rows import place_rows
 from swiftvideo.export.torch_engine import TorchEngine
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.noise import PhiloxNoise
+from swiftvideo.runtime.plugins.split import Phase, Split
 from swiftvideo.runtime.rollout import Rollout
 from tests.export import small
 
@@ -31,21 +32,33 @@ FUNCTIONS: dict[str, Any] = {
 launched: dict[str, int] = dict.fromkeys(FUNCTIONS, 0)
 
 
+class Pieces(Split):
+    """The last tiles in three pieces each, for which so few keys give no cause."""
+
+    def phases(self, queries: int, heads: int, batch: int, rows: int) -> list[Phase]:
+        tiles = -(-queries // self.queries) * heads * batch
+        return self.divided(tiles, max(1, tiles % self.slots), 3)
+
+
 class Interpreted(CudaEngine):
     """An engine that launches into the interpreter: same arguments in the same order, tensors for their addresses."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more, rehearse=True)
         self.launchers = FUNCTIONS
+        tile = BLOCK, BLOCK, block_width(self.geometry.head_dim), 8
+        self.split = Pieces(*tile, slots=4)
+        self.partial = torch.full((64 * BLOCK * (tile[2] + 2),), float("nan"))
 
     def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
         for value in arguments:
             assert not isinstance(value, torch.Tensor) or value.is_contiguous()
         head = self.geometry.head_dim
         constants = {"HEAD": head, "BLOCK_D": block_width(head)}
+        grid: tuple[int, ...]
         if op == "DynamicWindowAttention":
-            grid = (-(-sizes["queries"] // BLOCK), sizes["heads"], sizes["batch"])
-            constants |= {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
+            grid = (sizes["programs"],)
+            constants |= {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "MERGED": 8}
         elif op == "SemanticInjection":
             grid = (sizes["heads"], sizes["batch"], sizes["layers"])
             constants |= {"BLOCK_R": BLOCK}

@@ -37,6 +37,7 @@ from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.pipeline import Pipeline
 from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
+from swiftvideo.runtime.plugins.split import Split
 from swiftvideo.runtime.rollout import Step
 from tests.golden.engines import TOLERANCE, engine_of
 from tests.golden.replay import replay
@@ -111,7 +112,7 @@ def test_with_its_kernels_in_the_interpreter() -> None:
     made = json.loads(child.stdout)
     assert {*made["errors"]} >= {"chunk 5", "cache_k", "cache_v", "sink_k"}
     assert max(made["errors"].values()) < 1e-5
-    assert made["launched"]["DynamicWindowAttention"] == 6 * 5 * small.BACKBONE.num_layers
+    assert made["launched"]["DynamicWindowAttention"] == 2 * 6 * 5 * small.BACKBONE.num_layers
     assert made["launched"]["SemanticInjection"] == 1 and made["launched"]["PlaceRows"] > 1
 
 
@@ -143,6 +144,8 @@ def test_everything_lies_on_the_engines_device(
     manifest = Manifest.load(tiny_bundle)
     engine: Any = restore.engine_of(manifest, torch.device("meta"))
     engine.launchers = dict.fromkeys((ATTENTION, INJECTION, PLACE))
+    engine.split = Split(128, 128, 128, 32, slots=132)
+    engine.partial = torch.empty(8, device="meta")
     width = manifest.geometry.text_dim  # transformers asks the mask for its values
     engine.text_encoder = lambda ids, mask: (ids * mask)[..., None].float().expand(-1, -1, width)
     with Pipeline(engine, manifest) as pipeline:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from swiftvideo.export.kernels.compiler import Tiles, compile_kernel
 from swiftvideo.runtime.plugins.kernel import ATTENTION, Kernel
 from swiftvideo.runtime.plugins.launch import Launcher
+from swiftvideo.runtime.plugins.split import Phase, Split, workspace
 
 DEVICE = "cuda"
 P, CHUNK, WINDOW, SINK, ANCHORS = 1560, 3, 12, 3, 4
@@ -76,10 +77,18 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+def phases_of(launcher: Launcher, divided: bool) -> list[Phase]:
+    """The launches of one attention; without `divided` every tile is one program's."""
+    split = Split.of(launcher)
+    if divided:
+        return split.phases(QUERIES, HEADS, 1, ROWS)
+    return split.divided(-(-QUERIES // split.queries) * HEADS, 0, 1)
+
+
 class Attention:
     """Tensors of one attention and the launcher that computes it."""
 
-    def __init__(self, kernel: Kernel, layers: int = 2) -> None:
+    def __init__(self, kernel: Kernel, layers: int = 2, divided: bool = True) -> None:
         torch.manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -91,13 +100,16 @@ class Attention:
         self.table = table_of([])
         self.layer = layers - 1
         self.launcher = Launcher(kernel)
+        self.phases = phases_of(self.launcher, divided)
+        self.partial = torch.empty(workspace(kernel.spec) // 4, device=DEVICE)
 
     def __call__(self) -> None:
-        """Put one launch into the current stream."""
+        """Put one attention into the current stream."""
         tensors = (self.q, self.fresh_k, self.fresh_v, self.cache_k, self.cache_v, self.table, self.o)
-        sizes = {"queries": QUERIES, "heads": HEADS, "batch": 1}
+        pointers = [t.data_ptr() for t in (*tensors, self.partial)]
         scalars = (self.layer, HEAD**-0.5, 1, HEADS, QUERIES, ROWS)
-        self.launcher.run(stream(), sizes, *(t.data_ptr() for t in tensors), *scalars)
+        for phase in self.phases:
+            self.launcher.run(stream(), {"programs": phase.programs}, *pointers, *scalars, *phase.arguments)
 
     def gathered(self, pieces: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """K and V of the listed rows, [1,n,keys,d]."""
@@ -137,6 +149,9 @@ def windowed(kernel: Kernel, window: int, rate: float | None) -> dict[str, Any]:
         **errors(work.o, exact),
         **speed(work, keys),
     }
+    whole = Attention(kernel, divided=False)
+    whole.table.copy_(work.table)
+    row |= {"phases": [asdict(phase) for phase in work.phases], "undivided_ms": milliseconds(whole)}
     if rate is not None:
         row["share_of_matmul"] = row["tflops"] / rate
     return row | {"torch": {name: sdpa(work, pieces, exact, kind) for name, kind in BACKENDS.items()}}

@@ -69,9 +69,12 @@ def test_the_measured_tables_have_the_caches_lengths(window: int) -> None:
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs on the CPU at small sizes; launches do nothing."""
     sizes = {"DEVICE": "cpu", "P": 8, "QUERIES": 24, "ROWS": 6 + 12 * 8, "HEADS": 2}
-    compiled = SimpleNamespace(kernel=SimpleNamespace(spec=SimpleNamespace(compiler="none")))
+    spec = SimpleNamespace(compiler="none", tile=(16, 16, 128, 8))
+    compiled = SimpleNamespace(kernel=SimpleNamespace(spec=spec))
     replaced = {
-        "Launcher": lambda kernel: SimpleNamespace(run=lambda *arguments: None),
+        "Launcher": lambda kernel: SimpleNamespace(
+            run=lambda *arguments: None, slots=lambda: 132, spec=kernel.spec
+        ),
         "compile_kernel": lambda *arguments: compiled,
         "milliseconds": lambda work: (work(), 1.0)[1],
         "stream": lambda: 0,

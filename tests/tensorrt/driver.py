@@ -57,12 +57,14 @@ class FakeDriver:
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
     CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
     )
 
     def __init__(self) -> None:
         self.missing, self.init_code, self.count, self.capability = False, 0, 1, (8, 9)
-        self.version = 13000
+        self.version, self.multiprocessors = 13000, 2
         self.free, self.load_code, self.launch_code = 4 << 30, 0, 0
         self.allocated: dict[int, Any] = {}
         self.libraries: list[bytes] = []
@@ -103,7 +105,7 @@ class FakeDriver:
         return 0, index
 
     def cuDeviceGetAttribute(self, attribute: int, _: int) -> tuple[int, int]:
-        return 0, self.capability[attribute - 75]
+        return 0, self.multiprocessors if attribute == 16 else self.capability[attribute - 75]
 
     def cuDeviceGetName(self, length: int, _: int) -> tuple[int, bytes]:
         return 0, b"A test".ljust(length, b"\0")
@@ -209,6 +211,12 @@ class FakeDriver:
         return (0,)
 
     # -- kernels
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        self, _: Any, threads: int, shared: int
+    ) -> tuple[int, int]:
+        assert threads % 32 == 0
+        return 0, min(1024 // threads, (100 << 10) // max(1, shared))
 
     def cuLibraryLoadData(self, code: bytes, *_: Any) -> tuple[int, int]:
         self.libraries.append(code)

@@ -62,21 +62,50 @@ def test_attention_launches_its_kernel(
     fresh, cache = described(BATCH, QUERIES, HEADS, HEAD), described(LAYERS, BATCH, ROWS, HEADS, HEAD)
     inputs = [fresh, fresh, fresh, cache, cache, described(BATCH, 6, 2)]
     attached = loaded.attach_to_context(None)  # kept: the recorded launch points into it
-    attached.enqueue(inputs, [fresh], range(100, 106), [106], 0, 9)
+    attached.enqueue(inputs, [fresh], range(100, 106), [106], 107, 9)
     (call,) = driver.launches
-    spec, scalars = kernels[ATTENTION].spec, (2, 0.125, BATCH, HEADS, QUERIES, ROWS)
+    tiles = HEADS * BATCH
+    spec, scalars = kernels[ATTENTION].spec, (2, 0.125, BATCH, HEADS, QUERIES, ROWS, tiles, 1, 0)
     assert dict(zip((name for name, _ in spec.arguments), call.values(spec), strict=True)) == {
         **dict(
             zip(
-                ("q", "fresh_k", "fresh_v", "cache_k", "cache_v", "segments", "o"),
-                range(100, 107),
+                ("q", "fresh_k", "fresh_v", "cache_k", "cache_v", "segments", "o", "partial"),
+                range(100, 108),
                 strict=True,
             )
         ),
-        **dict(zip(("layer", "scale", "batch", "heads", "queries", "rows"), scalars, strict=True)),
+        **dict(
+            zip(
+                ("layer", "scale", "batch", "heads", "queries", "rows", "unsplit", "pieces", "merging"),
+                scalars,
+                strict=True,
+            )
+        ),
     }
     assert call.cubin == kernels[ATTENTION].cubin and call.stream == 9
-    assert call.grid == (1, HEADS, BATCH)
+    assert call.grid == (tiles, 1, 1)
+
+
+def test_tiles_that_would_leave_the_gpu_idle_are_split(
+    trt: Any, kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launches then, of one graph or of none; the workspace that was asked for has room for the pieces."""
+    driver, values = launched(monkeypatch), []
+    spec = kernels[ATTENTION].spec
+    driver.on_launch = lambda call: values.append(call.values(spec)[-3:])
+    plugin = created(trt, kernels, ATTENTION, "BUILD", attributes(trt, 0, 1.0)).attach_to_context(None)
+    slots = Launcher(kernels[ATTENTION], driver).slots()
+    queries, rows = (slots + 1) * spec.tile[0], 9999
+    fresh, cache = described(1, queries, 1, HEAD), described(LAYERS, 1, rows, 1, HEAD)
+    inputs = [fresh, fresh, fresh, cache, cache, described(1, 6, 2)]
+    plugin.enqueue(inputs, [fresh], range(6), [6], 7, 9)
+    pieces = values[0][1]
+    assert pieces > 1 and values == [(slots, pieces, 0), (slots, pieces, 1)]
+    merging = spec.tile[0] // spec.tile[3]
+    assert [call.grid for call in driver.launches] == [(slots + pieces, 1, 1), (merging, 1, 1)]
+    assert plugin.get_workspace_size([], []) >= pieces * spec.tile[0] * (spec.tile[2] + 2) * 4
+    injection = created(trt, kernels, INJECTION, "BUILD", [])
+    assert injection.get_workspace_size([], []) == 0
 
 
 def test_injection_launches_its_kernel(

@@ -65,6 +65,7 @@ def kernel(op: str, capability: int = 89, content: bytes = b"no real cubin") -> 
         2,
         axes,
         sha256,
+        tile=(16, 16, 32, 8) if op == ATTENTION else (),
     )
     return Kernel(spec, content)
 

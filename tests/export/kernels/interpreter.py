@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from swiftvideo.export.kernels.compiler import block_width
+from swiftvideo.runtime.plugins.split import Split
 
 
 class Interpreter:
@@ -37,9 +38,19 @@ class Interpreter:
             else:
                 os.environ["TRITON_INTERPRET"] = before
 
-    def attention(self, *arguments: Any, queries: int = 16, keys: int = 16, ahead: bool = False) -> Tensor:
-        """`ops.dynamic_window_attention` by the kernel, with tiles of queries x keys."""
-        result: Tensor = self._pool.submit(_attention, arguments, queries, keys, ahead).result()
+    def attention(
+        self,
+        *arguments: Any,
+        queries: int = 16,
+        keys: int = 16,
+        ahead: bool = False,
+        split: tuple[int, int] = (0, 1),
+    ) -> Tensor:
+        """`ops.dynamic_window_attention` by the kernel, with tiles of queries x keys.
+
+        split: how many of the last tiles are computed in pieces, and in how many each.
+        """
+        result: Tensor = self._pool.submit(_attention, arguments, queries, keys, ahead, split).result()
         return result
 
     def injection(self, *arguments: Any, block: int = 8) -> tuple[Tensor, Tensor]:
@@ -94,21 +105,28 @@ def _prepare() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
 
 
-def _attention(arguments: tuple[Any, ...], block_m: int, block_n: int, ahead: bool) -> Tensor:
+def _attention(
+    arguments: tuple[Any, ...], block_m: int, block_n: int, ahead: bool, split: tuple[int, int]
+) -> Tensor:
     from swiftvideo.export.kernels.attention import dynamic_window_attention
 
     q, fresh_k, fresh_v, cache_k, cache_v, segments, layer, scale = arguments
     batch, queries, heads, head = q.shape
     o = torch.full_like(q, float("nan"))
-    dynamic_window_attention[(-(-queries // block_m), heads, batch)](
-        *(q, fresh_k, fresh_v, cache_k, cache_v, segments, o),
-        *(layer, scale, batch, heads, queries, cache_k.shape[2]),
-        HEAD=head,
-        BLOCK_D=block_width(head),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        AHEAD=ahead,
-    )
+    width, merged, tiles = block_width(head), 8, -(-queries // block_m) * heads * batch
+    partial = torch.full((max(1, split[0] * split[1]) * block_m * (width + 2),), float("nan"))
+    for phase in Split(block_m, block_n, width, merged, slots=1).divided(tiles, *split):
+        dynamic_window_attention[(phase.programs,)](
+            *(q, fresh_k, fresh_v, cache_k, cache_v, segments, o, partial),
+            *(layer, scale, batch, heads, queries, cache_k.shape[2]),
+            *phase.arguments,
+            HEAD=head,
+            BLOCK_D=width,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            MERGED=merged,
+            AHEAD=ahead,
+        )
     return o
 
 

@@ -68,8 +68,8 @@ def test_other_heads_and_dtypes(dtype: str, head: int) -> None:
 
 def test_grids_and_arguments() -> None:
     attention = compile_kernel(ATTENTION, 90, "bf16", 128).kernel.spec
-    assert attention.blocks({"queries": 4680, "heads": 12, "batch": 2}) == (37, 12, 2)
-    assert [name for name, _ in attention.arguments][-5:] == ["scale", "batch", "heads", "queries", "rows"]
+    assert attention.blocks({"programs": 636}) == (636, 1, 1) and attention.tile == (128, 128, 128, 32)
+    assert [name for name, _ in attention.arguments][-3:] == ["unsplit", "pieces", "merging"]
     assert dict(attention.arguments)["scale"] == "f32" and dict(attention.arguments)["layer"] == "i32"
     injection = compile_kernel(INJECTION, 90, "bf16", 128).kernel.spec
     assert injection.blocks({"heads": 12, "batch": 1, "layers": 30}) == (12, 1, 30)

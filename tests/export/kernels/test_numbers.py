@@ -34,6 +34,8 @@ class Case:
     """Of the logits, on top of 1 / sqrt(head)."""
     tiles: tuple[int, int] = field(default=(16, 16))
     ahead: bool = False
+    split: tuple[int, int] = (0, 1)
+    """Last tiles that are computed in pieces, and pieces of each."""
 
 
 WINDOW = [(0, 2), (8, 6), (19, 31), (14, 5), (50, 21)]
@@ -57,6 +59,16 @@ CASES = [
     Case("scores ahead of one block", [[(20, 16)]], ahead=True),
     Case("scores ahead, and nothing whole", [[(3, 9), (60, 11)]], ahead=True),
     Case("scores ahead, heads of 24", [WINDOW], head=24, ahead=True),
+    Case("all tiles in two pieces", [WINDOW], dtypes=("fp32", "fp16", "bf16"), split=(4, 2)),
+    Case("the last tile in three pieces", [WINDOW], dtypes=("fp32", "bf16"), split=(1, 3)),
+    Case("tiles of two items in pieces", [WINDOW, [(18, 48)]], split=(5, 2)),
+    Case("more pieces than blocks", [WINDOW], split=(3, 8)),
+    Case("pieces where nothing is whole", [[(3, 9), (60, 11)]], split=(4, 3)),
+    Case("pieces of one key", [[(17, 1)]], split=(4, 4)),
+    Case("pieces, scores ahead", [WINDOW, [(18, 48)]], dtypes=("fp32", "bf16"), ahead=True, split=(7, 3)),
+    Case("pieces of heads of 24", [WINDOW], head=24, heads=3, dtypes=("fp32", "bf16"), split=(4, 2)),
+    Case("pieces, huge logits", [WINDOW], scale=1e4, dtypes=("fp32", "bf16"), split=(4, 3)),
+    Case("pieces of a tile of more queries than there are", [WINDOW], tiles=(64, 16), split=(2, 3)),
     Case("heads of 8", [WINDOW], head=8, dtypes=("fp32", "fp16")),
     Case("heads of 24", [WINDOW], head=24, heads=3, dtypes=("fp32", "bf16")),
     Case("heads of 40", [WINDOW], head=40),
@@ -111,7 +123,11 @@ def test_attention(interpreter: Interpreter, case: Case, name: str, record_prope
     scale = case.scale * case.head**-0.5
     queries, keys = case.tiles
     seen = (
-        interpreter.attention(*given, 1, scale, queries=queries, keys=keys, ahead=case.ahead).double().numpy()
+        interpreter.attention(
+            *given, 1, scale, queries=queries, keys=keys, ahead=case.ahead, split=case.split
+        )
+        .double()
+        .numpy()
     )
     error = np.abs(seen - softmax_in_float64(given, 1, scale)).max()
     record_property("error", float(error))  # type: ignore[operator]
@@ -121,7 +137,8 @@ def test_attention(interpreter: Interpreter, case: Case, name: str, record_prope
 
 def test_attention_of_no_keys_is_zero(interpreter: Interpreter) -> None:
     given = tensors(Case("nothing", [[]]), torch.float32)
-    assert not interpreter.attention(*given, 0, 0.25).any()
+    for split in ((0, 1), (4, 3)):
+        assert not interpreter.attention(*given, 0, 0.25, split=split).any()
 
 
 WILD = [(-7, 12), (30, 1 << 30), (1 << 30, 1 << 30), (20, -5), (-(1 << 31), (1 << 31) - 1), (69, 3)]
