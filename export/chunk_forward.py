@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftvideo.runtime.engine import Float32, Int32, Prompt
 
-from .torch_engine import memory_for
+from .torch_engine import copy_rows, memory_for
 
 if TYPE_CHECKING:
     from .cuda import CudaEngine, CudaSession
@@ -115,6 +115,11 @@ class ChunkForward:
         session.latents, session.clean = self.latents.clone(), self.x0.clone()
         session.fresh, self._owner = self.fresh, weakref.ref(session)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether its graphs are there."""
+        return bool(self._graphs)
+
     def leave(self, session: CudaSession) -> None:
         """The session's fresh K and V are no longer needed."""
         if self._owner is not None and self._owner() is session:
@@ -145,7 +150,7 @@ class ChunkForward:
             self._held, row = (session.state, cached), at
             for start, length in cached:
                 for mine, theirs in ((self.keys, session.cache_k), (self.values, session.cache_v)):
-                    mine[:, :, row : row + length] = theirs[:, :, start : start + length]
+                    copy_rows(mine[:, :, row : row + length], theirs[:, :, start : start + length])
                 row += length
         shown = _joined([(at, rows - at), *fresh])
         table = np.zeros((6, 2), np.int32)

@@ -168,6 +168,12 @@ class CudaEngine(TorchEngine):
         self.forwards, self.launchers, self.partial = {}, {}, None
         self.denoising.__dict__.pop("attention", None)
 
+    @property
+    def attention(self) -> str | None:
+        """What attends over whole frames: "kernel", this project's, or "library", torch's; None before any chunk."""
+        chosen = {forward.library for forward in self.forwards.values() if forward.prepared}
+        return None if not chosen else "library" if True in chosen else "kernel"
+
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """K and V of a prompt, for the lane."""
         if self.lane.stream is not None:

@@ -112,6 +112,7 @@ def measure(
                 result["frames_per_second"]["without_decoding"] = without
             result["switch"] = _switches(session, prompts)
             recaches = watched.take()
+            result["attention"] = getattr(pipeline.engine, "attention", None)
             if gpu:
                 result["gpu_memory_mib"] = {"weights": loaded, "one_session": gpu.memory_mib()}
         result["limits"] = gpu.limits(pipeline.manifest.dtype) if gpu else cpu_limits(used)

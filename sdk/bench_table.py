@@ -15,6 +15,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     say = sayer(console)
     machine, speed = result["machine"], result["frames_per_second"]
     where = result["gpu"] or f"{result['threads']} threads"
+    if result["attention"]:
+        where += f", attention by the {result['attention']}"
     say(
         f"{result['model']} {result['size'][0]}x{result['size'][1]} {result['dtype']}, {result['engine']}, "
         f"{where}, policy {result['policy']}; {machine['cpu']}, {machine['cores']} cores; "

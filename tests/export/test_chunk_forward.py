@@ -15,6 +15,7 @@ import torch
 
 from swiftvideo.export.chunk_forward import ChunkForward
 from swiftvideo.export.cuda import CudaEngine, Options
+from swiftvideo.export.torch_engine import copy_rows
 from swiftvideo.runtime.errors import OutOfMemoryError, UsageError
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.positions import time_tables
@@ -157,6 +158,7 @@ def test_the_library_has_a_graph_for_every_window_of_whole_frames(monkeypatch: p
     """And tables with less than all fresh rows, or parts of frames, are the kernel's."""
     _, engine = engines(options=Options(attention="library"))
     g, used = engine.geometry, []
+    assert engine.attention is None
     session, chunk = engine.open(), engine.forwards[1]
     attend = engine.attend
     chunk.module.attention = lambda *given: (
@@ -191,6 +193,18 @@ def test_the_library_has_a_graph_for_every_window_of_whole_frames(monkeypatch: p
         session.denoise(4, None, *times, padded(rows), prompt)
         expected = [shown] if shown else [0, -1]
         assert used == expected * g.layers, name
+    assert engine.attention == "library"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [6, 24, 128])
+def test_rows_are_copied_bit_for_bit(dtype: torch.dtype, width: int) -> None:
+    source = torch.randn(2, 2, 7, 3, width).to(dtype)
+    source[:, :, 2] = float("nan")
+    target = torch.zeros(2, 2, 9, 3, width, dtype=dtype)
+    copy_rows(target[:, :, 3:6], source[:, :, 1:4])
+    torch.testing.assert_close(target[:, :, 3:6], source[:, :, 1:4], rtol=0, atol=0, equal_nan=True)
+    assert not target[:, :, :3].any() and not target[:, :, 6:].any()
 
 
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,8 +121,8 @@ def stages(
 
 
 def chosen(engine: CudaEngine) -> dict[str, Any]:
-    """Whether torch's attention serves windows of whole frames, and what one of a layer took by either."""
-    return {"library": engine.forwards[1].library, "ms": engine.attention_ms}
+    """Which attention serves windows of whole frames, and what one of a layer took by either."""
+    return {"chosen": engine.attention, "ms": engine.attention_ms}
 
 
 def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks: int) -> None:
