@@ -219,6 +219,25 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.open(3)
 
 
+def test_memory_that_is_not_there_for_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk misses it, and can be made again."""
+    _, engine = engines()
+    rollout, captures = switching(engine, PolicySettings()), []
+
+    def capture(work: Any, *_: Any) -> Any:
+        captures.append(work)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 412 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.lane, "capture", capture)
+        with pytest.raises(OutOfMemoryError, match=r"no memory for the forward over a chunk .* 412 MiB"):
+            rollout.advance()
+    assert len(captures) == 1 and engine.attention is None
+    rollout.advance()
+    assert engine.attention == "kernel"
+    rollout.close()
+
+
 def test_a_closed_engine_is_freed_at_once() -> None:
     _, engine = engines()
     rollout = switching(engine, PolicySettings())
