@@ -6,6 +6,7 @@ import configparser
 import json
 import re
 import shlex
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ def docker() -> list[tuple[str, str]]:
 
 def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     found = dict(docker())
-    options = parsed(json.loads(found["ENTRYPOINT"])[2:] + json.loads(found["CMD"]))
+    first, dashes, *command = json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"])
+    assert (first, dashes, command[:2]) == ("tini", "--", ["swiftvideo", "serve"]), (
+        "process 1 passes signals on"
+    )
+    options = parsed(command[2:])
     assert options["host"] == "0.0.0.0" and not options["insecure"]
     assert options["tokens"] and options["certificate"] and options["key"]
     assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
@@ -48,6 +53,9 @@ def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     assert found["VOLUME"] == str(options["snapshots"])
     instructions = [name for name, _ in docker()]
     assert instructions.count("FROM") == 2 and instructions.index("USER") > instructions.index("COPY")
+    source, target = found["COPY"].removeprefix("--from=build ").split()
+    assert source == target and found["ENV"] == f"PATH={target}/bin:$PATH"
+    assert any(f"venv --without-pip {target} " in text for _, text in docker())
 
 
 def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> None:
@@ -60,7 +68,7 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
         "a folder, so that rotation is seen"
     )
     assert mounts[dict(docker())["VOLUME"]] in compose["volumes"]
-    assert service["init"] is True
+    assert "init" not in service, "the image has its own"
     assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + SAVING + 1
     for other in ("prometheus", "grafana"):
         for volume in compose["services"][other]["volumes"]:
@@ -85,12 +93,22 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     assert [inside for inside in mounts if inside.startswith(f"{folder}/")] == [f"{folder}/swiftvideo.json"]
 
 
-def test_secrets_go_into_no_image_and_no_commit() -> None:
-    for name, secret in ((".dockerignore", "deploy/secrets"), (".gitignore", "/deploy/secrets/")):
-        assert secret in (DEPLOY.parent / name).read_text().splitlines()
-    assert {".git", ".venv", "out", "build"} <= set(
-        (DEPLOY.parent / ".dockerignore").read_text().splitlines()
-    )
+def test_the_image_is_built_from_the_package_alone_and_secrets_go_into_no_commit() -> None:
+    root = DEPLOY.parent
+    everything, *lines = [
+        line for line in (root / ".dockerignore").read_text().splitlines() if not line.startswith("#")
+    ]
+    about = tomllib.loads((root / "pyproject.toml").read_text())
+    folders = {Path(path).parts[0] for path in about["tool"]["scikit-build"]["wheel"]["packages"].values()}
+    files = {
+        about["project"]["readme"],
+        *about["project"]["license-files"],
+        "pyproject.toml",
+        "CMakeLists.txt",
+    }
+    assert everything == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == folders | files
+    assert "/deploy/secrets/" in (root / ".gitignore").read_text().splitlines()
 
 
 def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
