@@ -124,6 +124,11 @@ def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
         service["KillSignal"] == "SIGTERM" and int(service["TimeoutStopSec"]) > options["grace"] + SAVING + 1
     )
     assert str(options["snapshots"]) == f"/var/lib/{service['StateDirectory']}"
+    text = (DEPLOY / "swiftvideo.service").read_text()
+    assert re.findall(r"%d/(\S+)", service["ExecStart"]) == re.findall(r"^LoadCredential=(\S+):", text, re.M)
+    assert service["Type"] == "notify" and service["RestartPreventExitStatus"] == "2"
+    gpu = {"PrivateDevices", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute", "ProcSubset"}
+    assert not gpu & set(service)
 
 
 def test_an_option_that_does_not_exist_is_seen() -> None:
