@@ -1,4 +1,4 @@
-"""The files of deploy/ say what the server understands; the dashboard asks for metrics that exist."""
+"""The files of deploy/ say what the server understands; the dashboard asks for what it serves, as what it is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from swiftvideo.sdk import cli
+from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.server.drain import SAVING
 
 from .harness import ServerProcess
@@ -86,6 +88,8 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     )["datasources"]
     assert source["type"] == "prometheus" and source["isDefault"]
     assert re.fullmatch(r"http://(\w+):9090", source["url"])[1] in services  # type: ignore[index]
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    assert source["jsonData"]["timeInterval"] == job["scrape_interval"]
     (provider,) = yaml.safe_load(
         (DEPLOY / mounts[f"{provisioning}/dashboards"] / "swiftvideo.yaml").read_text()
     )["providers"]
@@ -136,22 +140,67 @@ def test_an_option_that_does_not_exist_is_seen() -> None:
         parsed(["--no-such-option"])
 
 
-def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it(server: ServerProcess) -> None:
+EXPRESSION = re.compile(
+    r"(histogram_quantile\(0\.\d+, )?(?:sum by \(([\w, ]+)\) \()?(rate\()?(\w+)(?:\[\$__rate_interval\]\))?\)*"
+)
+"""What the dashboard uses of PromQL: quantile, labels that are kept, rate, metric."""
+
+
+def scraped(server: ServerProcess) -> tuple[dict[str, str], set[tuple[str, frozenset[tuple[str, str]]]]]:
+    """Kinds of metrics by the names that are asked for; all series."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=20) as response:
-        text = response.read().decode()
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    served = set()
-    for name, kind in kinds.items():
-        served |= {f"{name}_bucket"} if kind == "histogram" else {name}
-    dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"\b(?:swiftvideo|process)_\w+", target["expr"])
+        families = list(text_string_to_metric_families(response.read().decode()))
+    endings = {"counter": "_total", "histogram": "_bucket"}
+    kinds = {
+        family.name + endings.get(family.type, ""): family.type
+        for family in families
+        if not family.name.endswith("_created")
     }
-    assert asked and asked <= served, f"not served: {sorted(asked - served)}"
-    ours = {name for name in served if name.startswith("swiftvideo_") and not name.endswith("_created")}
+    return kinds, {
+        (sample.name, frozenset(sample.labels.items())) for family in families for sample in family.samples
+    }
+
+
+def test_the_dashboard_asks_for_every_metric_as_what_it_is(server: ServerProcess) -> None:
+    kinds, series = scraped(server)
+    labels: dict[str, set[str]] = {name: set() for name in kinds}
+    for name, pairs in series:
+        labels.setdefault(name, set()).update(label for label, _ in pairs)
+    for name in kinds:
+        if name.startswith("swiftvideo_gpu_"):
+            labels[name] = {"gpu"}  # as test_server.py sees them: without a GPU there is no series
+    dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set()
+    for expression, legend in ((target["expr"], target["legendFormat"]) for target in targets):
+        match = EXPRESSION.fullmatch(expression)
+        assert match and expression.count("(") == expression.count(")"), expression
+        quantile, kept, rate, name = match.groups()
+        asked.add(name)
+        assert name in kinds, f"not served: {name}"
+        assert bool(rate) is (kinds[name] != "gauge"), f"{expression}: {name} is a {kinds[name]}"
+        assert bool(quantile) is (kinds[name] == "histogram"), expression
+        shown = set(re.findall(r"{{(\w+)}}", legend))
+        assert shown == labels[name] - {"le"}, f"{expression} has {labels[name]}, its legend {legend!r}"
+        if kept is not None:
+            assert set(kept.split(", ")) == shown | ({"le"} if quantile else set()), expression
     unseen = {"swiftvideo_forwards_after_cancel"}
+    ours = {name for name in kinds if name.startswith("swiftvideo_")}
     assert ours - asked == unseen, f"not on the dashboard: {sorted(ours - asked - unseen)}"
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_what_happens_first_is_an_increase_to_prometheus(server: ServerProcess) -> None:
+    _, before = scraped(server)
+    with Client(server.address) as client:
+        with client.generate("w1", policy="cut") as video:
+            next(video)
+            video.prompt("w2")
+            while not next(video).mode:
+                pass
+    server.idle()
+    _, after = scraped(server)
+    assert after == before
+    counted = server.metrics()
+    assert counted['swiftvideo_switches_total{mode="cut"}'] == 1
+    assert counted['swiftvideo_sessions_ended_total{reason="stopped"}'] == 1
