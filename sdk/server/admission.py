@@ -11,7 +11,7 @@ from swiftvideo.runtime import Pipeline
 from swiftvideo.runtime.engines.host import available_memory
 
 from .config import ServerConfig
-from .status import Refusal
+from .status import Reason, Refusal
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -55,7 +55,7 @@ class Admission:
                 "memory", f"{text}, of which {config.memory_reserve / 2**20:.0f} are kept back", count
             )
 
-    def _full(self, reason: str, text: str, count: int) -> Refusal:
+    def _full(self, reason: Reason, text: str, count: int) -> Refusal:
         """The hint grows with what is running, and is spread so that clients do not come back all at once."""
         hint = min(30.0, 1.0 + 2 * count * self.chunk_seconds) * random.uniform(0.8, 1.2)
         text = f"{text}: try again in {hint:.1f} s"

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
+from swiftvideo.runtime.memory import Mode
+from swiftvideo.runtime.telemetry import STAGES
+
+from .status import Reason
+
 log = logging.getLogger(__name__)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+REJECTED = (*get_args(Reason), "unauthenticated")
+ENDED = ("stopped", "completed", "operator", "drained", "cancelled", "unavailable", "internal")
 GPU = {
     "swiftvideo_gpu_memory_bytes": "Memory in use.",
     "swiftvideo_gpu_power_watts": "Power drawn.",
@@ -72,6 +79,14 @@ class Metrics:
             "Most runs of the backbone that ended after a cancel.",
             registry=r,
         )
+        for metric, label, known in (
+            (self.stage, "stage", (*STAGES, "encode")),
+            (self.rejects, "reason", REJECTED),
+            (self.ended, "reason", ENDED),
+            (self.switches, "mode", get_args(Mode)),
+        ):
+            for value in known:  # from 0 on: Prometheus does not see a series' first value as an increase
+                metric.labels(**{label: value})
         threads = Gauge("swiftvideo_threads", "Python threads.", registry=r)
         threads.set_function(threading.active_count)
         r.register(_Gpus())

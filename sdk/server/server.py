@@ -25,6 +25,7 @@ from .health import HealthService
 from .manager import SessionManager
 from .metrics import Metrics
 from .service import NAME, GenerationService
+from .systemd import ready
 
 log = logging.getLogger(__name__)
 
@@ -218,4 +219,5 @@ async def serve(pipeline: Pipeline, config: ServerConfig) -> None:
     server = Server(pipeline, config)
     await server.start()
     server.handle_signals()
+    ready()
     await server.wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
@@ -32,18 +34,26 @@ DOMAIN = "swiftvideo.v1"
 """Of the reasons in `DETAILS`."""
 
 
+Reason = Literal["sessions", "client", "load", "memory", "draining", "stuck"]
+"""Of refusals whose status alone does not say why."""
+
+
 class Refusal(Exception):
     """A call that ends with a status other than OK."""
 
     def __init__(
-        self, code: grpc.StatusCode, text: str, retry_after: float | None = None, reason: str = ""
+        self,
+        code: grpc.StatusCode,
+        text: str,
+        retry_after: float | None = None,
+        reason: Reason | None = None,
     ) -> None:
         super().__init__(text)
         self.code = code
         self.text = text
         self.retry_after = retry_after
         """Seconds, or None."""
-        self.reason = reason or code.name.lower()
+        self.reason: str = reason or code.name.lower()
         """For the metrics, and in capitals for programs."""
 
     @property

@@ -1,4 +1,4 @@
-"""The files of deploy/ say what the server understands; the dashboard asks for metrics that exist."""
+"""The files of deploy/ say what the server understands; the dashboard asks for what it serves, as what it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import configparser
 import json
 import re
 import shlex
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from swiftvideo.sdk import cli
+from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.server.drain import SAVING
 
 from .harness import ServerProcess
@@ -38,7 +41,11 @@ def docker() -> list[tuple[str, str]]:
 
 def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     found = dict(docker())
-    options = parsed(json.loads(found["ENTRYPOINT"])[2:] + json.loads(found["CMD"]))
+    first, dashes, *command = json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"])
+    assert (first, dashes, command[:2]) == ("tini", "--", ["swiftvideo", "serve"]), (
+        "process 1 passes signals on"
+    )
+    options = parsed(command[2:])
     assert options["host"] == "0.0.0.0" and not options["insecure"]
     assert options["tokens"] and options["certificate"] and options["key"]
     assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
@@ -48,6 +55,9 @@ def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     assert found["VOLUME"] == str(options["snapshots"])
     instructions = [name for name, _ in docker()]
     assert instructions.count("FROM") == 2 and instructions.index("USER") > instructions.index("COPY")
+    source, target = found["COPY"].removeprefix("--from=build ").split()
+    assert source == target and found["ENV"] == f"PATH={target}/bin:$PATH"
+    assert any(f"venv --without-pip {target} " in text for _, text in docker())
 
 
 def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> None:
@@ -60,7 +70,7 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
         "a folder, so that rotation is seen"
     )
     assert mounts[dict(docker())["VOLUME"]] in compose["volumes"]
-    assert service["init"] is True
+    assert "init" not in service, "the image has its own"
     assert int(service["stop_grace_period"].removesuffix("s")) > parsed([])["grace"] + SAVING + 1
     for other in ("prometheus", "grafana"):
         for volume in compose["services"][other]["volumes"]:
@@ -78,6 +88,8 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     )["datasources"]
     assert source["type"] == "prometheus" and source["isDefault"]
     assert re.fullmatch(r"http://(\w+):9090", source["url"])[1] in services  # type: ignore[index]
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    assert source["jsonData"]["timeInterval"] == job["scrape_interval"]
     (provider,) = yaml.safe_load(
         (DEPLOY / mounts[f"{provisioning}/dashboards"] / "swiftvideo.yaml").read_text()
     )["providers"]
@@ -85,12 +97,22 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     assert [inside for inside in mounts if inside.startswith(f"{folder}/")] == [f"{folder}/swiftvideo.json"]
 
 
-def test_secrets_go_into_no_image_and_no_commit() -> None:
-    for name, secret in ((".dockerignore", "deploy/secrets"), (".gitignore", "/deploy/secrets/")):
-        assert secret in (DEPLOY.parent / name).read_text().splitlines()
-    assert {".git", ".venv", "out", "build"} <= set(
-        (DEPLOY.parent / ".dockerignore").read_text().splitlines()
-    )
+def test_the_image_is_built_from_the_package_alone_and_secrets_go_into_no_commit() -> None:
+    root = DEPLOY.parent
+    everything, *lines = [
+        line for line in (root / ".dockerignore").read_text().splitlines() if not line.startswith("#")
+    ]
+    about = tomllib.loads((root / "pyproject.toml").read_text())
+    folders = {Path(path).parts[0] for path in about["tool"]["scikit-build"]["wheel"]["packages"].values()}
+    files = {
+        about["project"]["readme"],
+        *about["project"]["license-files"],
+        "pyproject.toml",
+        "CMakeLists.txt",
+    }
+    assert everything == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == folders | files
+    assert "/deploy/secrets/" in (root / ".gitignore").read_text().splitlines()
 
 
 def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
@@ -106,6 +128,11 @@ def test_the_unit_starts_a_safe_server_and_stops_it_gently() -> None:
         service["KillSignal"] == "SIGTERM" and int(service["TimeoutStopSec"]) > options["grace"] + SAVING + 1
     )
     assert str(options["snapshots"]) == f"/var/lib/{service['StateDirectory']}"
+    text = (DEPLOY / "swiftvideo.service").read_text()
+    assert re.findall(r"%d/(\S+)", service["ExecStart"]) == re.findall(r"^LoadCredential=(\S+):", text, re.M)
+    assert service["Type"] == "notify" and service["RestartPreventExitStatus"] == "2"
+    gpu = {"PrivateDevices", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute", "ProcSubset"}
+    assert not gpu & set(service)
 
 
 def test_an_option_that_does_not_exist_is_seen() -> None:
@@ -113,22 +140,67 @@ def test_an_option_that_does_not_exist_is_seen() -> None:
         parsed(["--no-such-option"])
 
 
-def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it(server: ServerProcess) -> None:
+EXPRESSION = re.compile(
+    r"(histogram_quantile\(0\.\d+, )?(?:sum by \(([\w, ]+)\) \()?(rate\()?(\w+)(?:\[\$__rate_interval\]\))?\)*"
+)
+"""What the dashboard uses of PromQL: quantile, labels that are kept, rate, metric."""
+
+
+def scraped(server: ServerProcess) -> tuple[dict[str, str], set[tuple[str, frozenset[tuple[str, str]]]]]:
+    """Kinds of metrics by the names that are asked for; all series."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=20) as response:
-        text = response.read().decode()
-    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    served = set()
-    for name, kind in kinds.items():
-        served |= {f"{name}_bucket"} if kind == "histogram" else {name}
-    dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
-    asked = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"\b(?:swiftvideo|process)_\w+", target["expr"])
+        families = list(text_string_to_metric_families(response.read().decode()))
+    endings = {"counter": "_total", "histogram": "_bucket"}
+    kinds = {
+        family.name + endings.get(family.type, ""): family.type
+        for family in families
+        if not family.name.endswith("_created")
     }
-    assert asked and asked <= served, f"not served: {sorted(asked - served)}"
-    ours = {name for name in served if name.startswith("swiftvideo_") and not name.endswith("_created")}
+    return kinds, {
+        (sample.name, frozenset(sample.labels.items())) for family in families for sample in family.samples
+    }
+
+
+def test_the_dashboard_asks_for_every_metric_as_what_it_is(server: ServerProcess) -> None:
+    kinds, series = scraped(server)
+    labels: dict[str, set[str]] = {name: set() for name in kinds}
+    for name, pairs in series:
+        labels.setdefault(name, set()).update(label for label, _ in pairs)
+    for name in kinds:
+        if name.startswith("swiftvideo_gpu_"):
+            labels[name] = {"gpu"}  # as test_server.py sees them: without a GPU there is no series
+    dashboard = json.loads((DEPLOY / "dashboard.json").read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set()
+    for expression, legend in ((target["expr"], target["legendFormat"]) for target in targets):
+        match = EXPRESSION.fullmatch(expression)
+        assert match and expression.count("(") == expression.count(")"), expression
+        quantile, kept, rate, name = match.groups()
+        asked.add(name)
+        assert name in kinds, f"not served: {name}"
+        assert bool(rate) is (kinds[name] != "gauge"), f"{expression}: {name} is a {kinds[name]}"
+        assert bool(quantile) is (kinds[name] == "histogram"), expression
+        shown = set(re.findall(r"{{(\w+)}}", legend))
+        assert shown == labels[name] - {"le"}, f"{expression} has {labels[name]}, its legend {legend!r}"
+        if kept is not None:
+            assert set(kept.split(", ")) == shown | ({"le"} if quantile else set()), expression
     unseen = {"swiftvideo_forwards_after_cancel"}
+    ours = {name for name in kinds if name.startswith("swiftvideo_")}
     assert ours - asked == unseen, f"not on the dashboard: {sorted(ours - asked - unseen)}"
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_what_happens_first_is_an_increase_to_prometheus(server: ServerProcess) -> None:
+    _, before = scraped(server)
+    with Client(server.address) as client:
+        with client.generate("w1", policy="cut") as video:
+            next(video)
+            video.prompt("w2")
+            while not next(video).mode:
+                pass
+    server.idle()
+    _, after = scraped(server)
+    assert after == before
+    counted = server.metrics()
+    assert counted['swiftvideo_switches_total{mode="cut"}'] == 1
+    assert counted['swiftvideo_sessions_ended_total{reason="stopped"}'] == 1

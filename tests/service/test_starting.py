@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,45 @@ def test_every_line_of_the_log_is_json_whoever_writes_it() -> None:
     )
     lines = [json.loads(line) for line in found.stderr.splitlines()]
     assert [line["logger"] for line in lines] == ["asyncio", "py.warnings", "swiftvideo.x"]
+
+
+@pytest.mark.parametrize("home", ["", "/dev/null/nowhere"])
+def test_a_server_leaves_nothing_at_home_and_its_log_is_json(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.setenv("HOME", home or str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "ORT_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    with ServerProcess(small_bundle) as running:
+        running.terminate()
+    assert {json.loads(line)["level"] for line in running.log} == {"info"}
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_when_the_server_serves(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool
+) -> None:
+    address = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as waiting:
+        waiting.bind(address.replace("@", "\0"))
+        waiting.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        with ServerProcess(small_bundle) as running:
+            assert waiting.recv(100) == b"READY=1"
+            running.terminate()
+            assert running.process.returncode == 0, "it was ready for signals, too"
+
+
+def test_a_server_that_nobody_can_be_told_of_serves(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    with ServerProcess(small_bundle) as running:
+        while not any("cannot be told" in line for line in running.log):
+            time.sleep(0.02)
+        with Client(running.address) as client, client.generate("w1", chunks=1) as video:
+            assert len(list(video)) == 1
 
 
 def test_a_key_of_another_certificate_is_refused_at_the_start_and_in_a_rotation(tmp_path: Path) -> None:
