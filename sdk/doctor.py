@@ -68,7 +68,7 @@ def _embedded() -> Finding:
 
 def _onnxruntime() -> Finding:
     try:
-        import onnxruntime
+        from swiftvideo.runtime.engines.ort import onnxruntime
     except ImportError as error:
         return Finding("engine onnxruntime", False, f"{error}: pip install onnxruntime")
     return Finding("engine onnxruntime", True, f"{onnxruntime.__version__}, CPU")

@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Int64, Prompt
@@ -26,6 +25,7 @@ from swiftvideo.runtime.geometry import Geometry
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
 
 from .host import HostCache, usable_cores
+from .ort import onnxruntime as ort
 
 Array = NDArray[Any]
 

@@ -100,8 +100,6 @@ def serve(
     from swiftvideo.sdk.engines import open_pipeline
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines on stderr are no JSON
-    # ONNX Runtime would send its makers what it runs on, keep a database of it at home, and write about it to stderr.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with needing("serve", "serving"):
         from . import logs, tracing
         from .server import serve as work

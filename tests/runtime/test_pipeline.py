@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,19 @@ from swiftvideo.runtime import (
 from swiftvideo.runtime.engines import host, onnxruntime as ort_engine
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.positions import rotation, time_tables
+
+
+@pytest.mark.parametrize(
+    "work", ["runtime import load; load({!r})", "sdk.doctor import findings; findings()"]
+)
+def test_nothing_is_reported_to_anybody(tiny_bundle: Path, tmp_path: Path, work: str) -> None:
+    """ONNX Runtime's telemetry begins with a database at home."""
+    program = "from swiftvideo." + work.format(str(tiny_bundle))
+    hidden = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "ORT_DISABLE_TELEMETRY")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(tmp_path), "CUDA_CACHE_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_load_opens_the_embedded_model_or_says_how_to_get_one(
