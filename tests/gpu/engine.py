@@ -135,6 +135,7 @@ def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks
                 bench, engine(), settings, behind, min(chunks, most)
             ),
         )
+    record.add("video", "memory of sessions, MiB", work=lambda: sessions(bench, engine()))
     for name, settings in SWITCHES.items():
         record.add(
             "video",
@@ -177,6 +178,21 @@ def steady(
         "mean_window": float(np.mean(windows[10:])),
         "memory_mib": {"before": before, "open": held},
     }
+
+
+def sessions(bench: Bench, engine: CudaEngine, count: int = 3) -> list[float]:
+    """Memory that each of several sessions adds with its first chunk and its frames; none on the CPU."""
+    gpu, opened, held = gpu_of(engine), [], []
+    prompt = bench.prompt(engine, 1)
+    for _ in range(count):
+        before = gpu.memory_mib()["allocated"] if gpu else 0.0
+        opened.append(bench.roll(engine, prompt, PolicySettings()))
+        opened[-1].tensors.decode(opened[-1].advance().latents)
+        bench.wait()
+        held.append((gpu.memory_mib()["allocated"] if gpu else 0.0) - before)
+    for rollout in opened:
+        rollout.close()
+    return held
 
 
 def switching(bench: Bench, engine: CudaEngine, settings: PolicySettings) -> float:

@@ -40,7 +40,11 @@ def test_the_rehearsal(tmp_path: Path) -> None:
         name: len(parts) for name, (_, parts) in engine.ABLATIONS.items()
     }
     assert made["video"]["with_vae"]["frames_per_second"] > 0 and not made["failed"]
-    assert set(made["video"]) == {*engine.VIDEOS, *(f"switch, {name}: extra ms" for name in engine.SWITCHES)}
+    assert set(made["video"]) == {
+        *engine.VIDEOS,
+        "memory of sessions, MiB",
+        *(f"switch, {name}: extra ms" for name in engine.SWITCHES),
+    }
     assert {"forward, window 12", "forward, window 12, gathering its keys"} < set(made["stages"])
     assert made["profile"] and made["attention"] == {"chosen": "kernel", "ms": {}}
 
