@@ -5,9 +5,9 @@ right before the fresh ones: K and V are one block then, which any attention can
 That is done once per chunk, not once per pass: 5 GB read and written for the 1.3B model at a window of 12 frames, some
 1.5 of 250 ms. A session needs no memory beyond its cache, and nothing is captured when one begins (decision 0008).
 
-Attention over that block is this project's kernel or torch's own (cuDNN, else flash attention), whichever is faster
-here. The kernel finds in device memory what its keys are, so one graph serves every table; torch's needs their number,
-so it has a graph for each window of whole frames, and the kernel serves what is left.
+Attention over that block is this project's kernel or one of torch's (cuDNN, flash attention), whichever is fastest
+here. The kernel finds in device memory what its keys are, so one graph serves every table; torch's need their number,
+so there is a graph for each window of whole frames, and the kernel serves what is left.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftvideo.runtime.engine import Float32, Int32, Prompt
-from swiftvideo.runtime.errors import OutOfMemoryError
+from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError
 
+from .library_attention import LIBRARY, library_attention, passing
 from .torch_engine import copy_rows, memory_for
 
 if TYPE_CHECKING:
@@ -34,24 +33,10 @@ if TYPE_CHECKING:
 Rows = list[tuple[int, int]]
 """(start, length) of runs of rows."""
 
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-"""torch's attentions, in order of preference."""
 TRIALS = 10
 """Runs of each attention that are timed to find the faster."""
 MARGIN = 0.95
 """Of the kernel's time, what torch's attention must stay below: the choice should not hang on noise."""
-
-
-def library_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """torch's attention of every query to every key: q [B,N,n,d], k, v [B,K,n,d] -> [B,N,n,d].
-
-    Raises RuntimeError where torch has none for this GPU, dtype or head width.
-    """
-    with sdpa_kernel(BACKENDS, set_priority=True):
-        o: Tensor = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
-        )
-    return o.transpose(1, 2)
 
 
 class ChunkForward:
@@ -80,10 +65,11 @@ class ChunkForward:
         self.module = copy.copy(engine.denoising)
         self.module.attention = self._attention  # type: ignore[method-assign]
         self.module.fresh = self.fresh
-        self.library = False
-        """Whether torch's attention serves windows of whole frames."""
+        self.library: str | None = None
+        """Which of torch's attentions serves windows of whole frames; None: the kernel serves all."""
         self._graphs: dict[int, Callable[[], None]] = {}
-        self._shown = 0
+        self._serving: tuple[int, str | None] = (0, None)
+        self._closed = False
         self._held: tuple[object, Rows] | None = None
         self._prompt: Prompt | None = None
         self._owner: weakref.ref[CudaSession] | None = None
@@ -98,12 +84,15 @@ class ChunkForward:
         prompt: Prompt,
     ) -> None:
         """`EngineSession.denoise` of a session whose latents are a chunk; they, its x0 and its fresh K and V follow."""
+        if self._closed:
+            raise ClosedError("the engine was closed: open another one")
         if not self._graphs:
             self._prepare()
         assert session.latents is not None
         lane = self.engine.lane
         self._release(session)
         if prompt is not self._prompt:
+            self._prompt = None
             for mine, theirs in zip(self.cross, self.engine.crossed(prompt), strict=True):
                 mine.copy_(theirs)
             self._prompt = prompt
@@ -130,7 +119,7 @@ class ChunkForward:
 
     def close(self) -> None:
         """Give back what graphs and buffers hold; the attention refers back to this."""
-        self._graphs = {}
+        self._closed, self._graphs = True, {}
         self.module.__dict__.pop("attention", None)
 
     def _release(self, session: CudaSession) -> None:
@@ -150,7 +139,7 @@ class ChunkForward:
         fresh = _joined([(max(a, rows), a + n - max(a, rows)) for a, n in segments.tolist() if a + n > rows])
         at = rows - sum(length for _, length in cached)
         if self._held is None or self._held[0] is not session.state or self._held[1] != cached:
-            row = at
+            self._held, row = None, at
             for start, length in cached:
                 for mine, theirs in ((self.keys, session.cache_k), (self.values, session.cache_v)):
                     copy_rows(mine[:, :, row : row + length], theirs[:, :, start : start + length])
@@ -164,28 +153,39 @@ class ChunkForward:
 
     def _prepare(self) -> None:
         """Capture the graph of every table, and with torch's attention one for each window of whole frames."""
-        engine, g = self.engine, self.engine.geometry
-        self.library = engine.options.attention == "library"
-        if engine.options.attention == "fastest":
-            self.library = self._library_is_faster()
-        counts = range(self.queries, g.window * g.frame_tokens + 1, g.frame_tokens) if self.library else ()
-        self.table[:, 0, 0], self.table[:, 0, 1] = g.rows, self.queries
-        pool = engine.lane.pool()
-        graphs: dict[int, Callable[[], None]] = {}
+        engine, pool = self.engine, self.engine.lane.pool()
+        wanted: str = engine.options.attention
+        if wanted == "fastest" and (engine.device.type != "cuda" or engine.model.dtype is torch.float32):
+            wanted = "kernel"  # there is no choice: torch's take no float32
         try:
-            for shown in (0, *counts):  # the first compiles; later ones have only an attention to choose
-                graphs[shown] = self._ready(shown, pool, runs=1 if graphs else 3)
+            library = self._fastest() if wanted == "fastest" else None if wanted == "kernel" else wanted
+            graphs = {0: self._ready(0, None, pool, runs=3)}
+            if library is not None:
+                graphs |= self._of_windows(library, pool)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"no memory for the forward over a chunk ({error}): use a smaller batch, window or resolution"
             ) from error
+        self.library = library if len(graphs) > 1 else None
         self._graphs = graphs
 
-    def _ready(self, shown: int, pool: Any, runs: int) -> Callable[[], None]:
-        """The forward with `shown` keys by torch's attention; 0: those of the table by the kernel."""
+    def _of_windows(self, library: str, pool: Any) -> dict[int, Callable[[], None]]:
+        """The graphs for every window of whole frames; none if torch refuses one that nobody insisted on."""
+        g = self.engine.geometry
+        counts = range(self.queries, g.window * g.frame_tokens + 1, g.frame_tokens)
+        try:  # all but the attention is compiled by now
+            return {shown: self._ready(shown, library, pool, runs=1) for shown in counts}
+        except RuntimeError as error:
+            if not passing(error) or self.engine.options.attention != "fastest":
+                raise
+            self.engine.attention_ms[library] = str(error)
+            return {}
+
+    def _ready(self, shown: int, library: str | None, pool: Any, runs: int) -> Callable[[], None]:
+        """The forward with `shown` keys by an attention of torch's; without: those of the table by the kernel."""
 
         def forward() -> None:
-            self._shown = shown
+            self._serving = shown, library
             x0, following, *_ = self.module(
                 *(self.latents, self.noise, self.step, self.time_cos, self.time_sin),
                 *(self.keys, self.values, self.table, *self.cross),
@@ -193,42 +193,49 @@ class ChunkForward:
             self.x0.copy_(x0)
             self.latents.copy_(following)
 
+        self._show(self.queries)
         return self.engine.lane.capture(forward, pool, runs) if self.engine.options.graphs else forward
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         """Attention over the block. Its fresh rows are there already, `k` and `v` once more."""
-        if not self._shown:
+        shown, library = self._serving
+        if library is None:
             return self.engine.attend(q, k, v, *rest)
         layer, end = int(rest[3]), self.keys.shape[2]
-        k, v = (block[layer, :, end - self._shown :] for block in (self.keys, self.values))
-        return library_attention(q, k, v, rest[4])
+        k, v = (block[layer, :, end - shown :] for block in (self.keys, self.values))
+        return library_attention(library, q, k, v, rest[4])
 
-    def _library_is_faster(self) -> bool:
-        """Whether torch's attention over the whole window takes less time here than the kernel."""
+    def _show(self, count: int) -> None:
+        """A table of the block's last rows."""
+        self.table.zero_()
+        self.table[:, 0, 0], self.table[:, 0, 1] = self.keys.shape[2] - count, count
+
+    def _fastest(self) -> str | None:
+        """The attention of torch's that takes less time here over the whole window than the kernel, if there is one."""
         g, engine = self.engine.geometry, self.engine
-        if engine.device.type != "cuda" or engine.model.dtype is torch.float32:
-            return False  # neither of torch's attentions takes float32
-        shown = min(g.window * g.frame_tokens, self.keys.shape[2])
-        self.table[:, 0, 0], self.table[:, 0, 1] = self.keys.shape[2] - shown, shown
+        shown = g.window * g.frame_tokens
+        self._show(shown)
         for block in (self.keys[0], self.values[0]):  # zeros take less power
             block.normal_()
         shape = (self.batch, self.queries, g.heads, g.head_dim)
         q, k, v = (torch.randn(shape, device=engine.device).to(engine.model.dtype) for _ in range(3))
 
-        def timed(keys: int) -> float:
-            self._shown = keys
+        def timed(library: str | None) -> float:
+            self._serving = shown, library
             given = (q, k, v, self.keys, self.values, self.table, 0, g.head_dim**-0.5)
             return engine.lane.milliseconds(lambda: self._attention(*given), TRIALS)
 
-        ours = timed(0)
-        try:
-            theirs = timed(shown)
-        except RuntimeError as error:
-            if "No available kernel" not in str(error):
-                raise
-            theirs = float("inf")  # torch has none for this GPU
-        engine.attention_ms = {"kernel": ours, "library": theirs}
-        return theirs < MARGIN * ours
+        kernel = timed(None)
+        engine.attention_ms, found = {"kernel": kernel}, {}
+        for name in LIBRARY:
+            try:
+                found[name] = engine.attention_ms[name] = timed(name)
+            except RuntimeError as error:
+                if not passing(error):
+                    raise
+                engine.attention_ms[name] = str(error)
+        best = min(found, key=lambda name: found[name], default=None)
+        return best if best is not None and found[best] < MARGIN * kernel else None
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> Rows:

@@ -54,8 +54,8 @@ class Options:
     kernels: bool = True
     compiled: bool = True
     channels_last: bool = True
-    attention: Literal["fastest", "kernel", "library"] = "fastest"
-    """Of a chunk's whole frames: torch's own, this project's op, or what takes less time here."""
+    attention: Literal["fastest", "kernel", "cudnn", "flash"] = "fastest"
+    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here."""
 
     def __post_init__(self) -> None:
         if self.graphs and not self.kernels:
@@ -107,8 +107,8 @@ class CudaEngine(TorchEngine):
         self.split: Split | None = None
         self.partial: Tensor | None = None
         self.forwards: dict[int, ChunkForward] = {}
-        self.attention_ms: dict[str, float] = {}
-        """What one attention over the whole window took, where that was measured."""
+        self.attention_ms: dict[str, float | str] = {}
+        """Milliseconds of each attention over the whole window, where that was measured; why one of torch's was not."""
         self._decode: Any = None if decoder is None else decoder.decode
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -134,8 +134,9 @@ class CudaEngine(TorchEngine):
         major, minor = torch.cuda.get_device_capability(self.device)
         names = {value: name for name, value in DTYPES.items()}
         kernels = compile_all(10 * major + minor, names[self.model.dtype], self.geometry.head_dim)
-        self.launchers = {op: Launcher(kernel) for op, kernel in kernels.items()}
-        self.split = Split.of(self.launchers[ATTENTION])
+        with torch.cuda.device(self.device):
+            self.launchers = {op: Launcher(kernel) for op, kernel in kernels.items()}
+            self.split = Split.of(self.launchers[ATTENTION])
         size = workspace(kernels[ATTENTION].spec) // 4
         self.partial = torch.empty(size, dtype=torch.float32, device=self.device)
 
@@ -170,9 +171,9 @@ class CudaEngine(TorchEngine):
 
     @property
     def attention(self) -> str | None:
-        """What attends over whole frames: "kernel", this project's, or "library", torch's; None before any chunk."""
-        chosen = {forward.library for forward in self.forwards.values() if forward.prepared}
-        return None if not chosen else "library" if True in chosen else "kernel"
+        """What attends over windows of whole frames: "kernel", "cudnn", "flash"; None before any chunk."""
+        chosen = sorted({f.library or "kernel" for f in self.forwards.values() if f.prepared})
+        return ", ".join(chosen) or None
 
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """K and V of a prompt, for the lane."""

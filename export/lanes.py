@@ -57,7 +57,9 @@ class Lane:
     def wait(self) -> None:
         """Until all work so far is done."""
         if self.stream is not None:
-            self.stream.synchronize()
+            with self():  # not while another thread captures
+                done = self.stream.record_event()
+            done.synchronize()
 
     def pool(self) -> Any:
         """Memory that graphs captured with it share, which are never replayed at the same time; None on the CPU."""

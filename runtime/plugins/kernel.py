@@ -77,6 +77,10 @@ class KernelSpec:
             raise SettingsError(
                 f"kernel {self.op} has tile {self.tile}: the attention's has four sizes, others none"
             )
+        if self.tile and self.tile[0] % self.tile[3]:
+            raise SettingsError(
+                f"kernel {self.op}: programs that merge {self.tile[3]} of {self.tile[0]} queries"
+            )
         if min(self.warps, self.head_dim, self.capability) < 1 or min(self.shared, self.scratch) < 0:
             raise SettingsError(
                 f"kernel {self.op}: warps {self.warps}, head_dim {self.head_dim}, shared {self.shared}"

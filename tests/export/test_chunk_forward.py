@@ -7,16 +7,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition, Thread, get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from swiftvideo.export import chunk_forward
 from swiftvideo.export.chunk_forward import ChunkForward
 from swiftvideo.export.cuda import CudaEngine, Options
 from swiftvideo.export.torch_engine import copy_rows
-from swiftvideo.runtime.errors import OutOfMemoryError, UsageError
+from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError, UsageError
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.positions import time_tables
 from swiftvideo.runtime.rollout import Step
@@ -55,7 +57,7 @@ def test_a_recache_leaves_nothing_behind() -> None:
     rollout.close()
 
 
-@pytest.mark.parametrize("attention", ["kernel", "library"])
+@pytest.mark.parametrize("attention", ["kernel", "cudnn"])
 def test_sessions_take_turns_between_any_two_passes(attention: Any) -> None:
     """They share the chunk's buffers: each must find its own latents, prompt, keys, and K and V to commit."""
     _, engine = engines(options=Options(attention=attention))
@@ -156,13 +158,13 @@ def test_memory_of_a_session_is_its_cache() -> None:
 
 def test_the_library_has_a_graph_for_every_window_of_whole_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """And tables with less than all fresh rows, or parts of frames, are the kernel's."""
-    _, engine = engines(options=Options(attention="library"))
+    _, engine = engines(options=Options(attention="cudnn"))
     g, used = engine.geometry, []
     assert engine.attention is None
     session, chunk = engine.open(), engine.forwards[1]
     attend = engine.attend
     chunk.module.attention = lambda *given: (
-        used.append(chunk._shown) or ChunkForward._attention(chunk, *given)
+        used.append(chunk._serving[0]) or ChunkForward._attention(chunk, *given)
     )  # type: ignore[method-assign, func-returns-value]
     monkeypatch.setattr(engine, "attend", lambda *given: used.append(-1) or attend(*given))
     (prompt,) = [engine.condition(np.ones((1, g.text_len, g.text_dim), np.float32))]
@@ -193,7 +195,7 @@ def test_the_library_has_a_graph_for_every_window_of_whole_frames(monkeypatch: p
         session.denoise(4, None, *times, padded(rows), prompt)
         expected = [shown] if shown else [0, -1]
         assert used == expected * g.layers, name
-    assert engine.attention == "library"
+    assert engine.attention == "cudnn"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -236,6 +238,140 @@ def test_memory_that_is_not_there_for_the_graphs(monkeypatch: pytest.MonkeyPatch
     rollout.advance()
     assert engine.attention == "kernel"
     rollout.close()
+
+
+TIMES = {
+    "cuDNN is faster": ([2.0, 1.0, 1.5], "cudnn"),
+    "flash attention is faster": ([2.0, 1.5, 1.0], "flash"),
+    "the kernel is": ([1.0, 2.0, 3.0], None),
+    "as fast, but for noise": ([1.0, 0.97, 3.0], None),
+    "cuDNN refuses": ([2.0, RuntimeError("cuDNN Frontend error: no plan"), 1.0], "flash"),
+    "torch has none": ([2.0, RuntimeError("no"), RuntimeError("none")], None),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_the_fastest_attention_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, chosen = TIMES[name]
+    _, engine = engines()
+    engine.open()
+    seen, left = [], list(times)
+
+    def milliseconds(work: Any, _: int) -> float:
+        work()
+        value = left.pop(0)
+        if isinstance(value, RuntimeError):
+            raise value
+        return value
+
+    def library(name: str, q: Any, k: Any, *_: Any) -> Any:
+        seen.append((name, k.shape[1]))
+        return q
+
+    monkeypatch.setattr(chunk_forward, "library_attention", library)
+    monkeypatch.setattr(engine.lane, "milliseconds", milliseconds)
+    assert engine.forwards[1]._fastest() == chosen
+    window = engine.geometry.window * engine.geometry.frame_tokens
+    assert seen == [("cudnn", window), ("flash", window)]
+    said = [str(t) if isinstance(t, RuntimeError) else t for t in times]
+    assert list(engine.attention_ms.values()) == said and list(engine.attention_ms) == [
+        "kernel",
+        "cudnn",
+        "flash",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no MiB"), torch.AcceleratorError("illegal address", 700)]
+)
+def test_a_gpu_that_fails_is_no_choice(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def milliseconds(*_: Any) -> float:
+        raise error
+
+    _, engine = engines()
+    engine.open()
+    monkeypatch.setattr(engine.lane, "milliseconds", milliseconds)
+    with pytest.raises(type(error)):
+        engine.forwards[1]._fastest()
+
+
+@pytest.mark.parametrize("wanted", ["fastest", "cudnn"])
+def test_a_window_that_torch_refuses_leaves_the_kernel(wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody insists on torch's attention: then it is an error, at every chunk."""
+    _, engine = engines(options=Options(attention=wanted))
+    rollout, calls = switching(engine, PolicySettings()), []
+
+    def library(name: str, q: Any, k: Any, *_: Any) -> Any:
+        calls.append(k.shape[1])
+        if k.shape[1] > 2 * q.shape[1]:
+            raise RuntimeError("cuDNN Frontend error: no plan")
+        return q
+
+    monkeypatch.setattr(chunk_forward, "library_attention", library)
+    monkeypatch.setattr(engine.lane, "capture", lambda work, *_: (work(), work)[1])
+    if wanted == "cudnn":
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no plan"):
+                rollout.advance()
+        return
+    monkeypatch.setattr(engine.forwards[1], "_fastest", lambda: "cudnn")
+    monkeypatch.setattr(engine, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(engine, "model", SimpleNamespace(dtype=torch.bfloat16))
+    engine.forwards[1]._prepare()
+    monkeypatch.undo()
+    assert engine.attention == "kernel" and engine.attention_ms == {"cudnn": "cuDNN Frontend error: no plan"}
+    before = len(calls)
+    rollout.advance()
+    assert len(calls) == before > 1
+
+
+@pytest.mark.parametrize("interrupted", ["keys", "prompt"])
+def test_a_pass_that_is_interrupted_harms_no_other_session(
+    interrupted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half copied is nobody's."""
+    _, engine = engines()
+    g = engine.geometry
+    a, b = engine.open(), engine.open()
+    for session, value in ((a, 1.0), (b, 2.0)):
+        session.cache_k.fill_(value)
+        session.cache_v.normal_(generator=torch.Generator().manual_seed(int(value)))
+    prompts = [engine.condition(np.full((1, 2, g.text_dim), value, np.float32)) for value in (1, -1)]
+    table = padded([(g.memory_rows, 2 * g.frame_tokens), (g.rows, g.chunk * g.frame_tokens)])
+    latents = np.ones((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+
+    def go_on(session: Any, prompt: Any) -> Any:
+        session.load(latents)
+        session.denoise(4, None, *time_tables(3, g.chunk, g.time_pairs), table, prompt)
+        return session.x0()
+
+    first = go_on(a, prompts[0])
+    done: list[int] = []
+
+    def copy(target: Any, source: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        target.copy_(source)
+
+    with monkeypatch.context() as patch:
+        if interrupted == "keys":
+            patch.setattr(chunk_forward, "copy_rows", copy)
+        else:
+            k, _ = prompts[1].cross
+            patch.setattr(engine, "crossed", lambda _: (k, torch.zeros(5)))
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            go_on(b, prompts[1])
+    np.testing.assert_array_equal(go_on(a, prompts[0]), first)
+
+
+def test_a_closed_engine_makes_no_chunks() -> None:
+    _, engine = engines()
+    rollout = switching(engine, PolicySettings())
+    rollout.advance()
+    engine.close()
+    with pytest.raises(ClosedError, match="the engine was closed"):
+        rollout.advance()
 
 
 def test_a_closed_engine_is_freed_at_once() -> None:

@@ -61,7 +61,7 @@ def run(
     return steps, frames, state
 
 
-@pytest.mark.parametrize("attention", ["kernel", "library"])
+@pytest.mark.parametrize("attention", ["kernel", "cudnn"])
 @pytest.mark.parametrize("policy", ["swift", "recache"])
 def test_it_computes_what_the_reference_does(policy: Any, attention: Any) -> None:
     """Switch, recache, placed sink, injected memory, decoded frames, and the state that is saved."""
@@ -77,7 +77,7 @@ def test_it_computes_what_the_reference_does(policy: Any, attention: Any) -> Non
         np.testing.assert_allclose(value, theirs[2][name], atol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("attention", ["kernel", "library"])
+@pytest.mark.parametrize("attention", ["kernel", "cudnn"])
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem.removeprefix("scn_"))
 def test_recorded_latents(path: Path, attention: Any) -> None:
     scenario = Scenario(path)
@@ -320,7 +320,8 @@ def test_all_sessions_share_two_streams_that_one_thread_uses_at_a_time() -> None
 def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """And other threads' work stays out of the stream for that time."""
     lane, seen = Lane(torch.device("cpu")), []
-    monkeypatch.setattr(lane, "stream", SimpleNamespace(synchronize=lambda: None))
+    done = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(lane, "stream", SimpleNamespace(record_event=lambda: done))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **more: nullcontext())
@@ -333,6 +334,25 @@ def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.Monk
 
     assert lane.capture(work) == "replay"
     assert seen == [False, True] * 3 + [False, False] and gc.isenabled()
+
+
+def test_who_waits_for_a_lane_leaves_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But asks for what to wait for while nobody captures, which that would break."""
+    lane, seen = Lane(torch.device("cpu")), []
+
+    def free() -> None:
+        other = Thread(target=lambda: seen.append(lane._held.acquire(blocking=False)))
+        other.start()
+        other.join()
+
+    def record_event() -> Any:
+        free()
+        return SimpleNamespace(synchronize=free)
+
+    monkeypatch.setattr(lane, "stream", SimpleNamespace(record_event=record_event))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    lane.wait()
+    assert seen == [False, True]
 
 
 def test_a_closed_session_is_freed_at_once() -> None:

@@ -51,11 +51,11 @@ VIDEOS: dict[str, tuple[PolicySettings, int | None, int]] = {
 """Settings, chunks that decoding may be behind (None: there is none), most chunks."""
 ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
     "all": (Options(), ("forward", "decode")),
+    "attention by the kernel": (Options(attention="kernel"), ("forward",)),
+    "attention by cuDNN": (Options(attention="cudnn"), ("forward",)),
     "no graph": (Options(graphs=False), ("forward",)),
     "no torch.compile": (Options(compiled=False), ("forward", "decode")),
     "VAE channels first": (Options(channels_last=False), ("decode",)),
-    "attention by the kernel": (Options(attention="kernel"), ("forward",)),
-    "attention by the library": (Options(attention="library"), ("forward",)),
     "reference attention": (Options(graphs=False, kernels=False, attention="kernel"), ("forward",)),
     "nothing": (
         Options(graphs=False, kernels=False, compiled=False, channels_last=False, attention="kernel"),

@@ -77,8 +77,8 @@ def test_a_broken_attention_is_refused(attention: Broken, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_broken_attention_of_the_library_is_refused(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken:
-        monkeypatch.setattr(chunk_forward, "library_attention", lambda q, *rest: torch.zeros_like(q))
-    found = figures(in_bfloat16(), Options(attention="library"))
+        monkeypatch.setattr(chunk_forward, "library_attention", lambda name, q, *rest: torch.zeros_like(q))
+    found = figures(in_bfloat16(), Options(attention="cudnn"))
     assert passed(found, "bf16") != broken, found
     assert passed({"whole window": found["whole window"]}, "bf16") != broken
 

@@ -52,5 +52,7 @@ def test_the_workspace_has_room_for_all_pieces() -> None:
 def test_tiles_belong_to_the_attention() -> None:
     with pytest.raises(SettingsError, match=r"DynamicWindowAttention has tile \(128, 128\)"):
         spec(ATTENTION, (128, 128))
+    with pytest.raises(SettingsError, match="programs that merge 32 of 16 queries"):
+        spec(ATTENTION, (16, 64, 128, 32))
     with pytest.raises(SettingsError, match="PlaceRows has tile"):
         spec(PLACE, (1, 1, 1, 1))
