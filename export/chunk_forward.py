@@ -3,7 +3,7 @@
 Sessions take turns, chunk by chunk or pass by pass. What a chunk attends to is first copied together, the cached rows
 right before the fresh ones: K and V are one block then, which any attention can read, at an address that graphs know.
 That is done once per chunk, not once per pass: 5 GB read and written for the 1.3B model at a window of 12 frames, some
-1.5 of 250 ms. A session needs no memory beyond its cache, and nothing is captured when one begins (decision 0008).
+1.5 of 250 ms. A session has no buffers of its own, and nothing is captured when one begins (decision 0008).
 
 Attention over that block is this project's kernel or one of torch's (cuDNN, flash attention), whichever is fastest
 here. The kernel finds in device memory what its keys are, so one graph serves every table; torch's need their number,
