@@ -226,6 +226,7 @@ class GenerationService:
                     paused=session.paused,
                 )
                 for session in self._manager.sessions.values()
+                if not session.over
             ]
         )
 
