@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import logging
 import ssl
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from swiftvideo.runtime.errors import SettingsError
 
 from .config import ServerConfig
 from .logs import Sparing
+from .reread import Reread
 from .status import Refusal
 
 log = logging.getLogger(__name__)
@@ -59,17 +59,14 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._wrong = ""
-        self._stamp = _stamp(path)
-        self._tokens = self._read()
+        self._tokens = Reread("tokens", [path], self._read)
 
     def identify(self, token: str) -> Identity:
         """Whose token it is. Compares with all of them, in constant time. Raises Refusal (UNAUTHENTICATED)."""
-        self._refresh()
+        self._tokens.refresh()
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         found = None
-        for known in self._tokens:
+        for known in self._tokens.value:
             if hmac.compare_digest(known.digest, digest):
                 found = known
         if found is None:
@@ -80,22 +77,10 @@ class TokenFile:
 
     def names(self) -> set[str]:
         """Of those who have a token that is valid now."""
-        self._refresh()
+        self._tokens.refresh()
         now = time.time()
-        return {known.identity.name for known in self._tokens if known.expires is None or now < known.expires}
-
-    def _refresh(self) -> None:
-        with self._lock:
-            try:
-                stamp = _stamp(self.path)
-                if stamp != self._stamp:
-                    self._tokens, self._stamp = self._read(), stamp
-                    log.info("tokens were read again")
-                self._wrong = ""
-            except SettingsError as error:
-                if str(error) != self._wrong:  # said once, and not at every call
-                    log.error("the tokens stay as they were: %s", error)
-                self._wrong = str(error)
+        valid = (known for known in self._tokens.value if known.expires is None or now < known.expires)
+        return {known.identity.name for known in valid}
 
     def _read(self) -> list[_Token]:
         try:
@@ -134,14 +119,6 @@ class TokenFile:
 
 def _refused(text: str) -> Refusal:
     return Refusal(grpc.StatusCode.UNAUTHENTICATED, text)
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise SettingsError(f"{str(path)!r} cannot be read: {error}") from error
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def identify(tokens: TokenFile | None, metadata: Sequence[tuple[str, str | bytes]] | None) -> Identity:
@@ -203,21 +180,16 @@ class _Certificates:
         self._files = [
             path for path in (config.key, config.certificate, config.client_ca) if path is not None
         ]
-        self._stamps = [_stamp(path) for path in self._files]
-        self.current = self._load()
+        self._read = Reread("TLS", self._files, self._load)
+
+    @property
+    def current(self) -> Any:
+        """gRPC's configuration."""
+        return self._read.value
 
     def fetch(self) -> Any:
-        """For gRPC, at every handshake: a new configuration, or None where nothing changed."""
-        try:
-            stamps = [_stamp(path) for path in self._files]
-            if stamps == self._stamps:
-                return None
-            self.current, self._stamps = self._load(), stamps
-        except SettingsError as error:  # a rotation is half done
-            log.error("the certificate stays as it was: %s", error)
-            return None
-        log.info("the certificate was read again")
-        return self.current
+        """For gRPC, at every handshake: a new configuration, or None where nothing changed, or is half changed."""
+        return self.current if self._read.refresh() else None
 
     def _load(self) -> Any:
         try:

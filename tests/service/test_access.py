@@ -274,6 +274,17 @@ def test_tokens_are_read_again_and_a_broken_file_changes_nothing(
     for _ in range(3):
         assert tokens.identify("another-token-0123456789").name == "bob" and tokens.names() == {"bob"}
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    write_tokens(path)
+    assert tokens.identify(CLIENT).name == "ann"
+    away = path.rename(tmp_path / "away")
+    for _ in range(3):
+        assert tokens.identify(CLIENT).name == "ann"
+    caplog.set_level("INFO")
+    away.rename(path)
+    for _ in range(3):
+        assert tokens.identify(CLIENT).name == "ann"
+    assert [record.levelname for record in caplog.records].count("ERROR") == 2
+    assert [record.getMessage() for record in caplog.records][2:] == ["tokens: as it was before"]
     with pytest.raises(Refusal, match="wants a token"):
         identify(tokens, [("authorization", b"binary")])
 

@@ -161,13 +161,26 @@ def test_a_server_that_nobody_can_be_told_of_serves(
             assert len(list(video)) == 1
 
 
-def test_a_key_of_another_certificate_is_refused_at_the_start_and_in_a_rotation(tmp_path: Path) -> None:
+def test_a_key_of_another_certificate_is_refused_at_the_start_and_in_a_rotation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says it once, not at every handshake, and says when all is well again."""
+    caplog.set_level("INFO")
     pki, other = make_pki(tmp_path / "a"), make_pki(tmp_path / "b")
     with pytest.raises(SettingsError, match="cannot be used together"):
         auth.credentials(ServerConfig(certificate=pki.certificate, key=other.key))
     certificates = auth._Certificates(ServerConfig(certificate=pki.certificate, key=pki.key))
+    begun, key = certificates.current, pki.key.read_bytes()
     pki.key.write_bytes(other.key.read_bytes())
-    assert certificates.fetch() is None
+    assert [certificates.fetch() for _ in range(3)] == [None] * 3
+    pki.certificate.unlink()
+    assert [certificates.fetch() for _ in range(3)] == [None] * 3 and certificates.current is begun
     pki.certificate.write_bytes(other.certificate.read_bytes())
-    assert certificates.fetch() is certificates.current is not None
+    assert certificates.fetch() is certificates.current is not begun
     assert certificates.fetch() is None
+    pki.key.write_bytes(key)
+    assert certificates.fetch() is None
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in said] == ["ERROR", "ERROR", "INFO", "ERROR"]
+    assert "cannot be used together" in said[0][1] and "cannot be read" in said[1][1]
+    assert said[2][1] == "TLS: read again" and said[3] == said[0]
