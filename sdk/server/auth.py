@@ -149,27 +149,17 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 identify(self._tokens, details.invocation_metadata)
             except Refusal as refusal:
                 self._refused(refusal)
-                return self._refusing(await continuation(details), refusal)
+                return self._refusing(refusal)
         return await continuation(details)
 
-    def _refusing(self, handler: Any, refusal: Refusal) -> Any:
-        """A handler of the same kind that ends the call with a refusal."""
+    def _refusing(self, refusal: Refusal) -> Any:
+        """A handler that ends a call of any kind with a refusal; one of streams does so before any message."""
 
         async def refuse(_: Any, context: Any) -> None:
             self._sparing.warning(f"a call was refused: {refusal.text}", peer=context.peer())
             await refusal.end(context)
 
-        kind = (False, False) if handler is None else (handler.request_streaming, handler.response_streaming)
-        return HANDLERS[kind](refuse)
-
-
-HANDLERS = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
-"""By whether requests and responses are streams."""
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Certificates:

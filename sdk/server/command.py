@@ -47,6 +47,9 @@ def serve(
     max_sessions_per_client: Annotated[
         int, typer.Option("--max-sessions-per-client", help="Of one token.")
     ] = DEFAULT.max_sessions_per_client,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", help="Of all clients; further ones are closed.")
+    ] = DEFAULT.max_connections,
     max_load: Annotated[
         float,
         typer.Option("--max-load", help="Share of the engine's time to admit sessions for; 0: no limit."),
@@ -85,6 +88,7 @@ def serve(
         metrics_port=metrics_port,
         max_sessions=max_sessions,
         max_sessions_per_client=max_sessions_per_client,
+        max_connections=max_connections,
         max_load=max_load or None,
         grace=grace,
         snapshots=snapshots,

@@ -13,6 +13,7 @@ MAX_MESSAGE = 64 * 1024
 """Bytes of a request."""
 MAX_SETTING = 1_000_000
 """Of seconds and other numbers."""
+COUNTS = ("max_sessions", "max_sessions_per_client", "max_connections", "max_credits", "max_pending_prompts")
 POSITIVE = ("start_timeout", "watchdog", "snapshot_chunks", "snapshot_age", "snapshot_space")
 
 
@@ -39,6 +40,8 @@ class ServerConfig:
     """HTTP port of /metrics; 0: a free one; None: no metrics endpoint."""
     max_sessions: int = 16
     max_sessions_per_client: int = 4
+    max_connections: int = 512
+    """Connections that are open at once, of all clients; further ones are closed at once."""
     max_credits: int = 16
     max_pending_prompts: int = 64
     """Prompts of a session that wait for their chunk."""
@@ -70,11 +73,11 @@ class ServerConfig:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise SettingsError(f"{name} is {port}: use 0 to 65535")
-        for name in ("max_linger", "max_load", "grace", *POSITIVE):
+        for name in ("max_linger", "max_load", "grace", *COUNTS, *POSITIVE):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value <= MAX_SETTING):
                 raise SettingsError(f"{name} is {value}: use a number of at most {MAX_SETTING}")
-        for name in ("max_sessions", "max_sessions_per_client", "max_credits", "max_pending_prompts"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}: use at least 1")
         for name in POSITIVE:

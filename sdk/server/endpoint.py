@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -15,6 +17,11 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from swiftvideo.runtime.errors import SettingsError
 
 log = logging.getLogger(__name__)
+
+CONNECTIONS = 32
+"""That are open at once; further ones are closed."""
+SECONDS = 10.0
+"""That a connection lives, whatever it sends."""
 
 
 class Endpoint:
@@ -68,15 +75,42 @@ class Endpoint:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, of which few are open, and none long."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._begun: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room; the connection is closed where there is none."""
+        with self._lock:
+            if len(self._begun) >= CONNECTIONS:
+                return False
+            self._begun[request] = time.monotonic()
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """At the end of every connection, whatever it was."""
+        with self._lock:
+            self._begun.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: break those that take too long."""
+        late = time.monotonic() - SECONDS
+        with self._lock:
+            slow = [request for request, begun in self._begun.items() if begun < late]
+            for request in slow:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.info("an HTTP request broke", exc_info=True, extra={"peer": client_address})
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10
-    """Seconds that a client may take to ask."""
-
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)

@@ -71,6 +71,12 @@ def configure(level: str = "INFO") -> None:
         raise SettingsError(f"log level is {level!r}: use one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(_not_of_a_peer)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("swiftvideo").setLevel(level)
     logging.captureWarnings(True)
+
+
+def _not_of_a_peer(record: logging.LogRecord) -> bool:
+    """grpc.aio logs a traceback where a peer breaks a call while it is answered, which is no error of ours."""
+    return not record.exc_info or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from swiftvideo.runtime import Pipeline
 from swiftvideo.runtime.errors import SettingsError
@@ -21,6 +21,7 @@ from .auth import AuthInterceptor, TokenFile, credentials
 from .config import MAX_MESSAGE, ServerConfig
 from .drain import drain, end_drained
 from .endpoint import Endpoint
+from .first import FirstMessages
 from .health import HealthService
 from .manager import SessionManager
 from .metrics import Metrics
@@ -38,6 +39,15 @@ OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 10_000),  # counts in place of keepalive_timeout_ms; a minute by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS, and of HTTP/2's beginning; two minutes by default
+    (
+        "grpc.max_connection_idle_ms",
+        600_000,
+    ),  # without a call, or twice that; clients connect again by themselves
+    (
+        "grpc.max_connection_age_ms",
+        3_600_000,
+    ),  # then calls that are open go on, and further ones connect again
     ("grpc.so_reuseport", 0),
 )
 STREAMS = 100
@@ -79,10 +89,17 @@ class Server:
         secure = credentials(config)
         self.manager = SessionManager(self.pipeline, config, self.metrics)
         service = GenerationService(self.manager, self._tokens, _version())
-        self._health = HealthService()
+        self._health = HealthService(("", NAME))
         self._server = grpc.aio.server(
-            interceptors=[AuthInterceptor(self._tokens, service.refused)],
-            options=(*OPTIONS, ("grpc.max_concurrent_streams", config.max_sessions + STREAMS)),
+            interceptors=[
+                AuthInterceptor(self._tokens, service.refused),
+                FirstMessages(config.start_timeout, service.refused),
+            ],
+            options=(
+                *OPTIONS,
+                ("grpc.max_concurrent_streams", config.max_sessions + STREAMS),
+                ("grpc.max_allowed_incoming_connections", config.max_connections),
+            ),
         )
         self._server.add_generic_rpc_handlers((service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -107,7 +124,7 @@ class Server:
         self.port = await self._listen(secure)
         self.manager.admission.measured(await asyncio.to_thread(_warm_up, self.pipeline))
         await self._server.start()
-        await self._set_health(True)
+        self._set_health(True)
         self._watchdog = asyncio.create_task(self._watch(), name="watchdog")
         log.info("serving", extra={"address": config.at(self.port), "metrics": self.metrics_port})
 
@@ -128,12 +145,9 @@ class Server:
                 f"cannot listen on {config.address} ({error}): is another server there, and is it this machine's?"
             ) from error
 
-    async def _set_health(self, well: bool) -> None:
+    def _set_health(self, well: bool) -> None:
         self._serving = well
-        states = health_pb2.HealthCheckResponse
-        state = states.SERVING if well else states.NOT_SERVING
-        for name in ("", NAME):
-            await self._health.set(name, state)
+        self._health.set(well)
 
     async def _watch(self) -> None:
         """Look after everything for ever; a look that fails is logged."""
@@ -148,7 +162,7 @@ class Server:
         manager = self.manager
         well = manager.watch()
         if well != self._serving and not manager.draining:
-            await self._set_health(well)
+            self._set_health(well)
         if beat % EXPIRE == 0 and manager.recovery is not None:
             manager.recovery.expire()
         if self._tokens is not None:
@@ -172,7 +186,7 @@ class Server:
         self.manager.draining = True
         log.info("draining", extra={"sessions": len(self.manager.sessions), "seconds": self.config.grace})
         try:
-            await self._set_health(False)
+            self._set_health(False)
             await drain(self.manager)
             await self._server.stop(FLUSH)
         except Exception:

@@ -16,6 +16,7 @@ from swiftvideo.v1 import generation_pb2 as pb
 
 from . import payload, settings
 from .auth import Identity, TokenFile, identify
+from .first import first_message
 from .manager import SessionManager
 from .reattach import reattach
 from .session import Outbox, ServedSession
@@ -111,12 +112,7 @@ class GenerationService:
                 raise outbox.outcome
 
     async def _begin(self, context: Any, identity: Identity) -> tuple[ServedSession, Outbox]:
-        timeout = self._manager.config.start_timeout
-        try:
-            first = await asyncio.wait_for(context.read(), timeout)
-        except TimeoutError:
-            text = f"no message came within {timeout:g} s: send start or reattach"
-            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+        first = await first_message(context, self._manager.config.start_timeout)
         if first is grpc.aio.EOF:
             raise wrong_order("the call closed before its first message: send start or reattach")
         kind = _kind(first)
