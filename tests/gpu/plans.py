@@ -1,22 +1,24 @@
-"""Plans on a GPU, end to end: every graph against torch, then whole videos beside ONNX Runtime, then times.
+"""Plans on a GPU, end to end: every graph against torch, then whole videos beside ONNX Runtime, with their times.
 
     python -m tests.gpu.plans --json plans.json          # the embedded model; plans are built for the GPU that is there
     python -m tests.gpu.plans --bundle wan.bundle        # another fp32 bundle; one with plans for this GPU keeps them
+    python -m tests.gpu.plans --rehearse                 # ONNX Runtime in the plans' place: does this program run?
 
 Which of TensorRT and TensorRT-RTX is installed decides what is built. A bundle in bfloat16 has no second engine to
-make videos beside: `swiftvideo verify` compares its graphs.
+make videos beside: `swiftvideo verify` compares its graphs. Every figure is written as it comes; one that fails is kept
+as its traceback, and the others follow (docs/hardware.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,14 @@ from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.engines.tensorrt import TensorRTEngine, runs
 from swiftvideo.runtime.errors import EngineUnavailableError, SwiftVideoError
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
-from swiftvideo.runtime.manifest import Manifest
+from swiftvideo.runtime.manifest import GRAPHS, Manifest
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.pipeline import EMBEDDED
 from swiftvideo.runtime.plugins.flavours import FLAVOURS, RTX
 from swiftvideo.runtime.rollout import Rollout
 from swiftvideo.sdk.machine import describe
+
+from .record import Record
 
 POLICIES = {
     "bridges": PolicySettings(bridge=BridgeSettings(tau_low=2.0, tau_high=2.0)),
@@ -84,6 +88,10 @@ class Difference:
     milliseconds: list[float] = dataclasses.field(default_factory=list)
     """Of the first engine's chunks, decoding included."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "modes": sorted(self.modes)}
+
 
 def compare(manifest: Manifest, ours: Engine, theirs: Engine, policy: PolicySettings) -> Difference:
     """Eight chunks on both engines."""
@@ -118,48 +126,68 @@ def target(capability: int) -> str:
     return f"rtx:sm{capability}" if flavour is RTX else "h200"
 
 
+def build(folder: Path, wanted: str, graph: str) -> dict[str, Any]:
+    """Add a graph's plan to a bundle."""
+    (built,) = build_plans(folder, wanted, graphs=[graph])
+    return {"plan": built.info.file, "mib": built.size / 2**20, "peak_mib": built.peak / 2**20}
+
+
+def measure(folder: Path, open_ours: Callable[[Manifest], Engine], record: Record) -> None:
+    """Every graph of a bundle against torch, then a video under each of `POLICIES` on ours and ONNX Runtime."""
+    manifest = Manifest.load(folder)
+    for graph in GRAPHS:
+        record.add("verify", graph, work=lambda graph=graph: verify_bundle(folder, graphs=[graph]).as_json())  # type: ignore[misc]
+    engines = functools.cache(lambda: (open_ours(manifest), OnnxRuntimeEngine(manifest)))
+    for name, policy in POLICIES.items():
+        record.add(
+            "videos",
+            name,
+            work=lambda policy=policy: compare(manifest, *engines(), policy).as_json(),  # type: ignore[misc]
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the figures as JSON; exit code 2 where no plan can run, 1 when a number is wrong."""
+    """Print the figures as JSON; exit code 2 where no plan can run, 1 when a number is wrong or something failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, default=EMBEDDED)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--rehearse", action="store_true", help="ONNX Runtime in the place of the plans")
     given = parser.parse_args(arguments)
+    opening: Callable[[Manifest], Engine] = OnnxRuntimeEngine if given.rehearse else TensorRTEngine
+    gpu = wanted = None
     try:
-        gpu = find_gpus()[0]
-        wanted = target(gpu.capability)
+        manifest = Manifest.load(given.bundle)
+        if not given.rehearse:
+            found = find_gpus()[0]
+            gpu, wanted = found.name, target(found.capability)
     except SwiftVideoError as error:
         print(f"tests.gpu.plans: {error} (docs/hardware.md)", file=sys.stderr)
         return 2
+    record = Record(given.json, {**describe(), "model": manifest.model, "gpu": gpu, "target": wanted})
     with tempfile.TemporaryDirectory() as place:
         folder = given.bundle
-        if not runs(Manifest.load(folder)):
+        if wanted is not None and not runs(manifest):
             folder = Path(shutil.copytree(folder, Path(place) / "bundle"))
-            build_plans(folder, wanted)
-        result: dict[str, Any] = {**describe(), "gpu": gpu.name, "target": wanted}
-        report = verify_bundle(folder)
-        result["verify"] = report.as_json()
-        manifest = Manifest.load(folder)
-        ours, theirs = TensorRTEngine(manifest), OnnxRuntimeEngine(manifest)
-        found = {name: compare(manifest, ours, theirs, policy) for name, policy in POLICIES.items()}
-    result["videos"] = {
-        name: {**dataclasses.asdict(one), "modes": sorted(one.modes)} for name, one in found.items()
-    }
-    result["passed"] = passed(result)
-    text = json.dumps(result, indent=1)
-    if given.json:
-        given.json.write_text(text + "\n")
-    print(text)
-    return 0 if result["passed"] else 1
+            for graph in GRAPHS:
+                record.add("build", graph, work=lambda graph=graph: build(folder, wanted, graph))  # type: ignore[misc]
+        measure(folder, opening, record)
+    right = not record.failed and passed(record.figures, "onnxruntime" if given.rehearse else "tensorrt")
+    record.put("passed", value=right)
+    record.save()
+    return 0 if right else 1
 
 
-def passed(result: dict[str, Any]) -> bool:
-    """Whether TensorRT was compared, and all numbers are right; speed is not judged. TF32 may round products."""
-    verified = result["verify"]["passed"] and "tensorrt" not in result["verify"]["unavailable"]
+def passed(figures: dict[str, Any], engine: str) -> bool:
+    """Whether `engine` was compared, and all numbers are right; speed is not judged. TF32 may round products."""
+    verified = all(
+        one["passed"] and any(check["engine"] == engine for check in one["checks"])
+        for one in figures["verify"].values()
+    )
     close = all(
         one["latents"] < 2e-2 and one["levels"] <= 1 and not one["windows_differ"] and one["modes"]
-        for one in result["videos"].values()
+        for one in figures["videos"].values()
     )
     return bool(verified and close)
 
