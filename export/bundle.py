@@ -66,7 +66,7 @@ def export_bundle(
     converted in place. policy: what sessions do unless told otherwise, the checkpoint's by default. progress: called
     before each graph and at the end. consume: give up each part's weights when its graphs are written, which lowers the
     peak of memory; the checkpoint is of no use afterwards.
-    Raises CheckpointError for weights that are not finite in `dtype`; SettingsError for a wrong size, dtype or policy,
+    Raises CheckpointError for weights that converting makes infinite; SettingsError for a wrong size, dtype or policy,
     and for an `out` where no bundle can be written or that is not empty, unless `overwrite` is set and it holds a
     bundle (`check_destination`); BundleWriteError where the disk is full or refuses.
     """
@@ -75,11 +75,9 @@ def export_bundle(
     geometry = checkpoint.geometry(height, width)
     schedule = checkpoint.schedule
     info = checkpoint.info if policy is None else dataclasses.replace(checkpoint.info, policy=policy)
-    target = DTYPES[dtype]
-    backbone = checkpoint.backbone.to(target)
-    encoder, decoder = checkpoint.text_encoder.to(target), checkpoint.vae.to(target)
+    backbone, encoder, decoder = checkpoint.backbone, checkpoint.text_encoder, checkpoint.vae
     for part, module in (("backbone", backbone), ("text encoder", encoder), ("VAE", decoder)):
-        check_finite(module.state_dict(), f"the {part} of {info.name}")
+        _convert(module, DTYPES[dtype], f"the {part} of {info.name}")
 
     def graphs() -> Iterator[Graph]:
         yield text_graph(encoder, geometry.text_len)
@@ -110,6 +108,13 @@ def export_bundle(
         overwrite,
         progress,
     )
+
+
+def _convert(module: nn.Module, dtype: torch.dtype, source: str) -> None:
+    """Convert weights in place, and check those that are others now: checkpoints are checked where they are read."""
+    before = {name: value.dtype for name, value in module.state_dict().items()}
+    after = module.to(dtype).state_dict()
+    check_finite({name: value for name, value in after.items() if value.dtype != before[name]}, source)
 
 
 def export_backbone(

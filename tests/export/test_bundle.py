@@ -16,7 +16,7 @@ from swiftvideo.export.destination import BundleWriteError
 from swiftvideo.export.graphs import Graph
 from swiftvideo.export.weights import WeightFile
 from swiftvideo.runtime import load
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import CheckpointError, SettingsError
 from swiftvideo.runtime.manifest import GRAPHS, FileEntry, Manifest
 
 from . import small
@@ -164,6 +164,40 @@ def test_wrong_settings(stub: Stub, tmp_path: Path, bad: dict[str, Any]) -> None
     with pytest.raises(SettingsError):
         export_bundle(small.checkpoint(), tmp_path / "b", **bad)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [
+        ("backbone", "head.head.weight"),
+        ("text_encoder", "encoder.shared.weight"),
+        ("vae", "decoder.conv_in.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_into_the_dtype_are_refused(
+    stub: Stub, tmp_path: Path, part: str, where: str
+) -> None:
+    made = small.checkpoint()
+    name = next(name for name in getattr(made, part).state_dict() if name.endswith(where))
+    getattr(made, part).state_dict()[name].view(-1)[3] = 1e5
+    export_bundle(made, tmp_path / "wide", dtype="bf16")
+    with pytest.raises(CheckpointError, match=rf"of small: \S*{where} .* torch.float16; use bf16 or fp32"):
+        export_bundle(made, tmp_path / "narrow", dtype="fp16")
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_weights_are_not_checked_again_where_they_stay_as_they_are(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(bundle, "check_finite", lambda state, source: checked.extend(state))
+    made = small.checkpoint()
+    export_bundle(made, tmp_path / "fp32")
+    assert checked == []
+    export_bundle(made, tmp_path / "fp16", dtype="fp16")
+    parts = (made.backbone, made.text_encoder, made.vae)
+    half = [name for part in parts for name, value in part.state_dict().items() if value.itemsize == 2]
+    assert checked == half and len(half) > 50
 
 
 def test_consuming_gives_up_the_weights(stub: Stub, tmp_path: Path) -> None:
