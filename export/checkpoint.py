@@ -169,9 +169,10 @@ def load_backbone(
     path: safetensors, shards with an index, a torch file, or a folder that holds one of them; original Wan or
     diffusers names, with or without prefixes and containers. config: else read from config.json beside the weights.
     lora: an adapter file, or a folder as peft or diffusers writes it, merged into the weights; lora_alpha: else that
-    of its settings (`read_adapter`), else the rank. ema: True for generator_ema, False for generator, None for the
-    averaged weights where there are any. dtype: of the weights, None keeps the file's. text_len: see `parse_config`.
-    Raises CheckpointError.
+    of its settings (`read_adapter`), else the rank. ema: True for averaged weights (generator_ema, model_ema or ema),
+    False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the file's.
+    text_len: see `parse_config`.
+    Raises CheckpointError, also where there are no averaged weights and ema is True.
     """
     return _load_backbone(Path(path), config, lora, lora_alpha, ema, dtype, text_len)[0]
 

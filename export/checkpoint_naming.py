@@ -115,8 +115,8 @@ def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
     """Tensors of a file's content, and the container they were in ('' for none).
 
     content: a mapping of tensors, or of containers, as training writes them, with what else it notes beside them. ema:
-    True takes the averaged weights (`generator_ema` or another of AVERAGED), False those that training goes on with,
-    None the averaged ones where there are any.
+    True takes the averaged weights (`generator_ema` or another of AVERAGED), False those that training goes on with or
+    that are in no container, None the averaged ones where there are any.
     Raises CheckpointError where there are no tensors, not the container asked for, or two to choose from.
     """
     if not isinstance(content, Mapping):
@@ -141,6 +141,11 @@ def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
         inner, path = unwrap(content[plain[0]], source, ema)
         return inner, f"{plain[0]}.{path}".rstrip(".")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and ema:
+        raise CheckpointError(
+            f"{source} has no averaged weights (containers looked for: {', '.join(AVERAGED)}); leave ema out to take "
+            "those that it has"
+        )
     if tensors:
         return tensors, ""
     keys = listed(str(key) for key in content) or "nothing"

@@ -206,6 +206,12 @@ def test_containers_of_other_trainings(state: State, tmp_path: Path) -> None:
         same(load_backbone(both, CONFIG), state)
         same(load_backbone(both, CONFIG, ema=False), other)
     noted = {"model": state, "ema": {"decay": 0.99}}
+    save_file(state, tmp_path / "plain.safetensors")
+    for content in (None, state, {"state_dict": state}, noted):
+        file = tmp_path / "plain.safetensors" if content is None else saved(content)
+        with pytest.raises(CheckpointError, match=r"no averaged weights \(.*model_ema, ema\); leave ema out"):
+            load_backbone(file, CONFIG, ema=True)
+        same(load_backbone(file, CONFIG, ema=False), state)
     same(load_backbone(saved(noted), CONFIG), state)
     with pytest.raises(CheckpointError, match="averaged weights in model_ema, ema; keep one"):
         load_backbone(saved({"ema": state, "model_ema": other}), CONFIG)
