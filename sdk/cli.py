@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -269,28 +268,24 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle (needs torch). With --target alone, add plans to the bundle at --out."""
     from .exporting import export as work
-    from .interrupts import Interrupts
+    from .interrupts import cleaning_up
 
-    with Interrupts() as interrupts:
-        try:
-            work(
-                checkpoint,
-                out,
-                random=random,
-                backbone=backbone,
-                lora=lora,
-                lora_alpha=lora_alpha,
-                height=height,
-                width=width,
-                dtype=dtype,
-                full_text_encoder=full_text_encoder,
-                overwrite=overwrite,
-                targets=target,
-                plugins=not no_plugins,
-            )
-        except KeyboardInterrupt:
-            typer.echo("interrupted: what was not finished is removed", err=True)
-            raise typer.Exit(128 + (interrupts.received or signal.SIGINT)) from None
+    with cleaning_up():
+        work(
+            checkpoint,
+            out,
+            random=random,
+            backbone=backbone,
+            lora=lora,
+            lora_alpha=lora_alpha,
+            height=height,
+            width=width,
+            dtype=dtype,
+            full_text_encoder=full_text_encoder,
+            overwrite=overwrite,
+            targets=target,
+            plugins=not no_plugins,
+        )
 
 
 @app.command()
@@ -369,10 +364,11 @@ def bench(
     from .bench import check_json, measure
     from .bench_model import measured_bundle
     from .bench_table import show
+    from .interrupts import cleaning_up
 
     if json_file is not None:
         check_json(json_file)
-    with measured_bundle(bundle, model, random, height, width, dtype) as folder:
+    with cleaning_up(), measured_bundle(bundle, model, random, height, width, dtype) as folder:
         result = measure(folder, chunks, policy, engine, threads, memory_chunks, seconds)
     show(result, Console())
     if json_file is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +52,14 @@ class Interrupts:
             self._shielded = False
         if self.received and not last:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """SIGINT and SIGTERM end what is inside, which removes what it had begun, and then the command."""
+    with Interrupts() as interrupts:
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("interrupted: what was not finished is removed", file=sys.stderr)
+            raise SystemExit(128 + (interrupts.received or signal.SIGINT)) from None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +130,27 @@ def test_a_random_model_is_exported_and_deleted(monkeypatch: pytest.MonkeyPatch)
         "width": 832,
         "dtype": "bf16",
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_random_model(tmp_path: Path, number: signal.Signals) -> None:
+    program = "import time; from pathlib import Path; from swiftvideo.sdk import bench, cli, exporting\n"
+    program += "exporting.export = lambda _, out, **options: Path(out).mkdir()\n"
+    program += "bench.measure = lambda *_: time.sleep(600)\ncli.main()"
+    command = [sys.executable, "-c", program, "bench", "--random", "--model", "wan2.1-t2v-1.3b"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("swiftvideo-bench-*/bundle")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 128 + number and err == "interrupted: what was not finished is removed\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_limits_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
