@@ -9,7 +9,7 @@ model.json with the sizes and settings to suggest (`ModelInfo`). `read_outline` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer
-from transformers import UMT5EncoderModel
-from transformers.utils import logging
+from transformers import UMT5Config, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from swiftvideo.runtime.errors import BundleError, CheckpointError, SettingsError
 from swiftvideo.runtime.geometry import Geometry
@@ -29,11 +30,11 @@ from . import checkpoint_naming as naming
 from .checkpoint_files import (
     check_finite,
     check_floating,
-    check_stored,
     digest,
     find_weights,
     read_json,
     read_weights,
+    stored_shapes,
 )
 from .lora import merge_lora, read_adapter
 from .model_info import ModelInfo, plain_name
@@ -227,48 +228,45 @@ def load_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) ->
 
 
 def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    check_stored(find_weights(folder))
-    read_json(folder / "config.json")
-    keyword = "dtype" if cls is UMT5EncoderModel else "torch_dtype"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with _reading(cls, folder):
-            model, report = cls.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **{keyword: dtype},
-            )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    surplus = [key for key in report["unexpected_keys"] if not key.startswith(("decoder.", "lm_head."))]
-    if cls is AutoencoderKLWan:
-        surplus = list(report["unexpected_keys"])
-    problems = [
-        f"{len(keys)} {title}: {naming.listed(sorted(map(str, keys)))}"
-        for title, keys in (
-            ("missing", report["missing_keys"]),
-            ("surplus", surplus),
-            ("of the wrong shape", report["mismatched_keys"]),
+    shapes = stored_shapes(find_weights(folder))
+    settings = read_json(folder / "config.json")
+    text = cls is UMT5EncoderModel
+    with _reading(cls, folder), torch.device("meta"):
+        blank = cls(UMT5Config(**settings)) if text else cls.from_config(settings)
+    wrong = naming.wrong_shapes(shapes, {key: value.shape for key, value in blank.state_dict().items()})
+    _refuse_misfit(cls, folder, wrong=wrong)
+    with _reading(cls, folder):
+        model, report = cls.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"dtype" if text else "torch_dtype": dtype},
         )
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not fit {cls.__name__}: {'; '.join(problems)}. Use its own config.json"
-        )
+    unread = ("decoder.", "lm_head.") if text else ()
+    surplus = [key for key in report["unexpected_keys"] if not key.startswith(unread)]
+    _refuse_misfit(cls, folder, sorted(report["missing_keys"]), sorted(surplus))
     check_finite(model.state_dict(), folder)
     return model.eval().requires_grad_(False)
 
 
+def _refuse_misfit(
+    cls: type,
+    folder: Path,
+    missing: Iterable[str] = (),
+    surplus: Iterable[str] = (),
+    wrong: Iterable[str] = (),
+) -> None:
+    if problems := naming.misfit(missing, surplus, wrong):
+        raise CheckpointError(f"{folder} does not fit {cls.__name__}: {problems}. Use its own config.json")
+
+
 @contextmanager
 def _reading(cls: type, folder: Path) -> Iterator[None]:
-    """Turn what a library raises for files or settings that it cannot use into CheckpointError."""
+    """Turn what a library raises for files or settings that it cannot use into CheckpointError, and say no more."""
     try:
-        yield
+        with _silent():
+            yield
     except MemoryError:
         raise
     except Exception as error:  # odd values of a config.json fail anywhere in it
@@ -276,6 +274,26 @@ def _reading(cls: type, folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{folder} cannot be read as {cls.__name__} ({reason}); use the config.json and weights of one model"
         ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep both libraries from writing on stderr, where the message is ours."""
+    loggers = (transformers_logging, diffusers_logging)
+    levels, bars = (
+        [logger.get_verbosity() for logger in loggers],
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    for logger in loggers:
+        logger.set_verbosity(logger.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def read_outline(folder: str | Path) -> Outline:

@@ -85,12 +85,19 @@ def read_metadata(file: Path) -> dict[str, str]:
         return dict(content.metadata() or {})
 
 
-def check_stored(files: Iterable[Path]) -> None:
-    """Raise CheckpointError where safetensors files are damaged or hold quantised weights, by their headers alone."""
+def stored_shapes(files: Iterable[Path]) -> dict[str, torch.Size]:
+    """Shapes of the tensors in safetensors files, by their headers alone; other files are passed over.
+
+    Raises CheckpointError where a file is damaged or holds quantised weights.
+    """
+    shapes: dict[str, torch.Size] = {}
     for file in files:
         if file.suffix == ".safetensors":
             with _opened(file) as content:
-                check_floating({name: content.get_slice(name).get_dtype() for name in content.keys()}, file)  # noqa: SIM118
+                found = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+                check_floating({name: tensor.get_dtype() for name, tensor in found.items()}, file)
+                shapes |= {name: torch.Size(tensor.get_shape()) for name, tensor in found.items()}
+    return shapes
 
 
 def check_floating(kinds: Mapping[str, torch.dtype | str], source: object) -> None:

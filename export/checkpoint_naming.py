@@ -211,20 +211,29 @@ def to_wan(state: Mapping[str, Tensor], source: str, container: str = "") -> Nam
 
 def check(named: Named, expected: Mapping[str, torch.Size], source: str) -> None:
     """Raise CheckpointError unless the weights are exactly those expected, name by name and shape by shape."""
-    state = named.state
-    problems = []
-    missing = [key for key in expected if key not in state]
-    surplus = [key for key in state if key not in expected] + list(named.unknown)
-    wrong = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
-    for title, keys in (("missing", missing), ("surplus", surplus), ("of the wrong shape", wrong)):
-        if keys:
-            problems.append(f"{len(keys)} {title}: {listed(keys)}")
+    shapes = {key: value.shape for key, value in named.state.items()}
+    problems = misfit(
+        [key for key in expected if key not in shapes],
+        [key for key in shapes if key not in expected] + list(named.unknown),
+        wrong_shapes(shapes, expected),
+    )
     if problems:
         raise CheckpointError(
-            f"{source} ({named.found}) does not fit the backbone: {'; '.join(problems)}. "
+            f"{source} ({named.found}) does not fit the backbone: {problems}. "
             "Use the weights of this architecture, or correct the config"
         )
+
+
+def wrong_shapes(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Of the weights that are expected and there, those that have another shape, with both shapes."""
+    return [
+        f"{key} is {tuple(shapes[key])} and should be {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != shape
+    ]
+
+
+def misfit(missing: Iterable[str], surplus: Iterable[str], wrong: Iterable[str]) -> str:
+    """How weights do not fit, for messages; empty where they do."""
+    kinds = {"missing": list(missing), "surplus": list(surplus), "of the wrong shape": list(wrong)}
+    return "; ".join(f"{len(keys)} {title}: {listed(keys)}" for title, keys in kinds.items() if keys)

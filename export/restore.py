@@ -150,7 +150,8 @@ def _text(manifest: Manifest, config: dict[str, Any]) -> TextEncoder:
 def _decoder(manifest: Manifest, config: dict[str, Any]) -> StreamingDecoder:
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config["vae"])
-    return StreamingDecoder(blank(vae.to(DTYPES[manifest.dtype])))
+    # The whole decoder is converted: diffusers' own model says on stderr that it does not like to be.
+    return blank(StreamingDecoder(vae).to(DTYPES[manifest.dtype]))
 
 
 def _backbone(manifest: Manifest, config: dict[str, Any]) -> CausalWanModel:

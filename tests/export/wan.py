@@ -56,3 +56,12 @@ def diffusers_model() -> WanTransformer3DModel:
 
 def prefixed(state: State, prefix: str) -> State:
     return {prefix + key: value for key, value in state.items()}
+
+
+def same(model: CausalWanModel, expected: State) -> None:
+    """A loaded model has these weights, to be run and not trained."""
+    loaded = model.state_dict()
+    assert loaded.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(loaded[key], value), key
+    assert not model.training and not any(weight.requires_grad for weight in model.parameters())
