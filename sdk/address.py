@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 
+from swiftvideo.runtime.errors import SettingsError
+
+SOCKETS = ("unix:", "unix-abstract:")
+"""How targets begin that are no hosts."""
+
 
 def is_loopback(host: str) -> bool:
     """Whether a host, without a port, is this machine alone."""
@@ -15,16 +20,39 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_target(target: str) -> None:
+    """Raise SettingsError for a server's address that gRPC would take for another one, or say nothing useful of."""
+    if not target.strip():
+        raise SettingsError("the server's address is empty: give HOST:PORT, such as localhost:50051")
+    scheme, found, _ = target.partition("://")
+    if found and scheme.lower() in ("http", "https", "grpc", "grpcs"):
+        raise SettingsError(
+            f"the server's address is {target!r}: give HOST:PORT alone, and say elsewhere whether it has TLS (--tls, "
+            "tls=True)"
+        )
+    for name in _names(target):
+        host = _host(name)
+        port = name[len(host) :].removeprefix(":")
+        if port and not (port.isascii() and port.isdigit() and 0 < int(port) <= 65535):
+            raise SettingsError(f"the port of {name!r} is {port!r}: use 1 to 65535")
+
+
 def is_local(target: str) -> bool:
     """Whether what is sent to a gRPC target stays on this machine: a socket file, or loopback addresses alone.
 
     https://github.com/grpc/grpc/blob/master/doc/naming.md
     """
-    scheme, _, rest = target.partition(":")
-    if scheme in ("unix", "unix-abstract"):
+    if target.startswith(SOCKETS):
         return True
-    names = rest.removeprefix("///") if scheme in ("dns", "ipv4", "ipv6") else target
-    return all(is_loopback(_host(name)) for name in names.split(","))
+    return all(is_loopback(_host(name)) for name in _names(target))
+
+
+def _names(target: str) -> list[str]:
+    """Hosts of a target, with their ports."""
+    if target.startswith(SOCKETS):
+        return []
+    scheme, _, rest = target.partition(":")
+    return (rest.removeprefix("///") if scheme in ("dns", "ipv4", "ipv6") else target).split(",")
 
 
 def _host(name: str) -> str:

@@ -41,7 +41,10 @@ from .remote import (
 
 
 class Client:
-    """A connection to a server; arguments as those of `swiftvideo.sdk.client.Client`. Make it in a running loop."""
+    """A connection to a server; arguments and errors as those of `swiftvideo.sdk.client.Client`.
+
+    It belongs to the event loop that it is made in. Raises UsageError where none runs.
+    """
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
 from .machine import version
-from .parts import needing
+from .parts import needing, silence_grpc
 from .server.command import serve
 
 app = typer.Typer(
@@ -125,6 +125,7 @@ def generate(
         if server is not None:
             if bundle is not None or threads is not None or engine != "auto":
                 raise UsageError("--bundle, --engine and --threads do not go with --server: leave them out")
+            silence_grpc()
             with needing("serve", "--server"), progress:
                 from .client import Client
                 from .generate_remote import generate_on

@@ -56,7 +56,8 @@ class Client:
         certificate, key: PEM files of this client, for mTLS.
         timeout: seconds for short calls and for connecting.
 
-    Raises SettingsError where a file cannot be read, the token cannot be one, or settings contradict each other.
+    Raises SettingsError where the address is none, a file cannot be read or is no PEM file, the token cannot be one, or
+    settings contradict each other.
     """
 
     def __init__(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import SettingsError, UsageError
 
-from .address import is_local
+from .address import check_target, is_local
 
 OPTIONS = (
     ("grpc.max_receive_message_length", 256 << 20),
@@ -51,19 +53,44 @@ def open_channel(
 
     Where `tls` is None it has TLS if a PEM file is given, or if the token would leave this machine.
 
-    Raises SettingsError where a file cannot be read, or the settings contradict each other.
+    Raises SettingsError where the address is none, a file cannot be read or is no PEM file, or the settings contradict
+    each other; UsageError for grpc.aio where no event loop runs.
     """
+    check_target(address)
     given = root is not None or certificate is not None or key is not None
     if tls is None:
         tls = given or (token is not None and not is_local(address))
-    if not tls:
-        if given:
-            raise SettingsError("tls is False and PEM files are given: leave one of them out")
-        return module.insecure_channel(address, OPTIONS)
+    if given and not tls:
+        raise SettingsError("tls is False and PEM files are given: leave one of them out")
     if (certificate is None) != (key is None):
         raise SettingsError("a client certificate and its key belong together: give both or neither")
-    try:
-        data = [None if path is None else Path(path).read_bytes() for path in (root, key, certificate)]
-    except OSError as error:
-        raise SettingsError(f"TLS: {error}") from error
+    files = (("root", root), ("key", key), ("certificate", certificate))
+    data = [None if path is None else _pem(name, Path(path)) for name, path in files]
+    if module is grpc.aio:
+        _check_loop()
+    if not tls:
+        return module.insecure_channel(address, OPTIONS)
     return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
+
+
+def _check_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise UsageError(
+            "no event loop runs here, and an asynchronous client belongs to one: make it in an `async def`"
+        ) from error
+
+
+def _pem(name: str, path: Path) -> bytes:
+    """Content of a PEM file. gRPC would say of another one that it cannot connect."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"TLS: {name} {str(path)!r} cannot be read: {error.strerror}") from error
+    kind = "PRIVATE KEY" if name == "key" else "CERTIFICATE"
+    if not re.search(rf"-----BEGIN ([A-Z0-9]+ )*{kind}-----".encode(), data):
+        raise SettingsError(
+            f"TLS: {name} {str(path)!r} has no line '-----BEGIN {kind}-----': give a PEM file that has"
+        )
+    return data

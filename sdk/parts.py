@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,8 @@ def needing(extra: str, what: str) -> Iterator[None]:
         raise MissingPartError(
             f"{what} needs {error.name}, which is not installed: pip install 'swiftvideo[{extra}]'"
         ) from error
+
+
+def silence_grpc() -> None:
+    """Keep gRPC's own lines off stderr, unless GRPC_VERBOSITY asks for them. For commands, before gRPC is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -115,18 +115,36 @@ def late(deadline: float | None) -> DeadlineError:
 
 LOCAL_FAILURE = "Internal error from Core"
 """What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
-WITHOUT_TLS = "WRONG_VERSION_NUMBER"
-"""What the handshake makes of an answer in clear text."""
+CONNECTING = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+"""How the details of a call begin that found no server."""
+REMEDIES = (
+    (
+        "WRONG_VERSION_NUMBER",
+        "The server does not speak TLS: serve with a certificate, or allow clear text (--no-tls, tls=False)",
+    ),
+    (
+        "Tls handshake failed",
+        "Is the server's certificate for this address, and by the authority that is trusted (--root, root=)?",
+    ),
+    (
+        "Socket closed",
+        "The server hung up: does it want TLS (--tls, tls=True), another client certificate (--client-certificate), or "
+        "has it too many connections?",
+    ),
+    ("", "Does a server run there, and may this machine connect to it?"),
+)
+"""What to do, by what the details of such a call say."""
 
 
 def error_from(error: Any) -> ServiceError:
     """The exception of gRPC's own."""
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == LOCAL_FAILURE:
         return UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
-    if WITHOUT_TLS in (error.details() or ""):
-        text = "the server does not speak TLS: serve with a certificate, or allow clear text (--no-tls, tls=False)"
-        return UnavailableError(text, grpc.StatusCode.UNAVAILABLE)
-    return error_of(error.code(), error.details(), error.trailing_metadata())
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(CONNECTING):
+        remedy = next(remedy for sign, remedy in REMEDIES if sign in details)
+        return UnavailableError(f"{details.strip()}. {remedy}", grpc.StatusCode.UNAVAILABLE)
+    return error_of(error.code(), details, error.trailing_metadata())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

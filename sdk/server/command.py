@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from swiftvideo.sdk.parts import needing
+from swiftvideo.sdk.parts import needing, silence_grpc
 
 from .config import ServerConfig
 
@@ -103,7 +103,7 @@ def serve(
 
     from swiftvideo.sdk.engines import open_pipeline
 
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its lines on stderr are no JSON
+    silence_grpc()
     with needing("serve", "serving"):
         from . import logs, tracing
         from .server import serve as work

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ipaddress
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -334,10 +336,19 @@ def test_mutual_tls_and_a_certificate_that_changes_while_serving(small_bundle: P
         made = CliRunner().invoke(cli.app, [str(item) for item in command], catch_exceptions=False)
         assert made.exit_code == 0 and f"with onnxruntime on {server.address}" in made.output
         for certificate, key in ((None, None), (pki.stranger, pki.stranger_key)):
-            with pytest.raises(remote.UnavailableError):
+            with pytest.raises(remote.UnavailableError, match="another client certificate"):
                 describe(pki.root, certificate, key)
-        with pytest.raises(remote.UnavailableError):
+        with pytest.raises(remote.UnavailableError, match="by the authority that is trusted"):
             describe(later.root, pki.client, pki.client_key)
+        program = "from swiftvideo.sdk.cli import main; main()"
+        stranger = [
+            sys.executable,
+            "-c",
+            program,
+            *(later.root if item == pki.root else item for item in command),
+        ]
+        said = subprocess.run(stranger, check=False, capture_output=True, text=True, timeout=120)
+        assert said.returncode == 1 and len(said.stderr.splitlines()) == 1, "gRPC has lines of its own"
         with Client(server.address, CLIENT, timeout=5) as plain, pytest.raises(remote.UnavailableError):
             plain.describe()
         time.sleep(0.01)  # another time stamp

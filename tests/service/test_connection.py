@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import SettingsError, UsageError
 from swiftvideo.sdk import aio, cli
 from swiftvideo.sdk.address import is_local
 from swiftvideo.sdk.client import Client
@@ -134,7 +134,9 @@ def test_the_command_keeps_a_token_of_the_environment_to_tls(
         ({"tls": False, "root": "x.pem"}, "tls is False and PEM files"),
         ({"certificate": "x.pem"}, "belong together"),
         ({"key": "x.pem"}, "belong together"),
-        ({"root": "nowhere.pem"}, r"nowhere\.pem"),
+        ({"root": "nowhere.pem"}, r"root 'nowhere\.pem' cannot be read: No such file"),
+        ({"root": grpc.__file__}, r"root '.*' has no line '-----BEGIN CERTIFICATE-----'"),
+        ({"certificate": ROOTS, "key": ROOTS}, r"key '.*' has no line '-----BEGIN PRIVATE KEY-----'"),
         ({"token": ""}, "the token is empty"),
         ({"token": f"{TOKEN}\n"}, r"character 19 of the token is '\\n'"),
         ({"token": "tökén-0123456789"}, "character 2 of the token is 'ö'"),
@@ -146,3 +148,54 @@ def test_settings_that_cannot_be_are_refused_and_tokens_not_shown(
     with pytest.raises(SettingsError, match=text) as caught:
         make("localhost:1", **settings)
     assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [Client, aio.Client])
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("", "address is empty: give HOST:PORT"),
+        ("http://localhost:50051", "give HOST:PORT alone"),
+        ("HTTPS://example.org", "give HOST:PORT alone"),
+        ("localhost:99999", "port of 'localhost:99999' is '99999': use 1 to 65535"),  # gRPC takes 34463
+        ("localhost:0", "is '0'"),
+        ("localhost:http", "is 'http'"),
+        ("[::1]:70000", "is '70000'"),
+        ("dns:///localhost:-1", "is '-1'"),
+        ("ipv4:127.0.0.1:1,127.0.0.2:65536", "is '65536'"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(make: Any, address: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        make(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "localhost",
+        "localhost:1",
+        "[::1]:65535",
+        "::1",
+        "unix:/run/x:99999",
+        "dns://8.8.8.8/host",
+        "ipv6:[::1]:9",
+    ],
+)
+def test_other_addresses_are_grpcs_affair(address: str) -> None:
+    Client(address).close()
+
+
+def test_where_no_server_is_the_error_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with (
+        Client(f"127.0.0.1:{port}", timeout=1) as client,
+        pytest.raises(UnavailableError, match="a server run"),
+    ):
+        client.describe()
+
+
+def test_an_asynchronous_client_is_made_in_a_running_loop() -> None:
+    with pytest.raises(UsageError, match="make it in an `async def`"):
+        aio.Client("localhost:1")
