@@ -86,18 +86,19 @@ class TokenFile:
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"tokens {str(self.path)!r} cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise SettingsError(f"tokens: {str(self.path)!r} cannot be read: {reason}") from error
         tokens = []
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             tokens.append(self._parse(line.split(), number))
         if not tokens:
-            raise SettingsError(f"tokens {str(self.path)!r} has no token: nobody could connect; add a line")
+            raise SettingsError(f"tokens: {str(self.path)!r} has no token: nobody could connect; add a line")
         return tokens
 
     def _parse(self, words: list[str], number: int) -> _Token:
-        where = f"tokens {str(self.path)!r}, line {number}"
+        where = f"tokens: {str(self.path)!r}, line {number}"
         if len(words) not in (3, 4) or words[1] not in ROLES:
             raise SettingsError(f"{where}: use NAME {'|'.join(ROLES)} TOKEN [EXPIRES]")
         if len(words[2]) < 16:

@@ -88,6 +88,8 @@ class ServerConfig:
                 raise SettingsError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.max_load is not None and self.max_load <= 0:
             raise SettingsError(f"max_load is {self.max_load}: it must be positive, or absent for no limit")
+        if not self.host.strip():
+            raise SettingsError("host is empty: use 127.0.0.1, or 0.0.0.0 for every address of this machine")
         if (self.certificate is None) != (self.key is None):
             raise SettingsError("TLS needs both a certificate and its key: give both or neither")
         if self.client_ca is not None and self.certificate is None:
@@ -98,7 +100,7 @@ class ServerConfig:
             ]
             if missing:
                 raise SettingsError(
-                    f"{self.host} is not a loopback address and {' and '.join(missing)} are missing: give a "
+                    f"host {self.host!r} is not a loopback address and {' and '.join(missing)} are missing: give a "
                     "certificate, its key and a file of tokens, serve on 127.0.0.1, or pass --insecure"
                 )
 

@@ -46,7 +46,7 @@ class Reread(Generic[T]):
                     self.value, self._stamps = self._read(), stamps
             except SettingsError as error:
                 if str(error) != self._wrong:
-                    log.error("%s: what was read before stays, until this is right: %s", self._what, error)
+                    log.error("what was read before stays, until this is right: %s", error)
                 self._wrong = str(error)
                 return False
             if changed or self._wrong:
@@ -55,12 +55,11 @@ class Reread(Generic[T]):
             return changed
 
     def _look(self) -> list[Stamp]:
-        return [_stamp(path) for path in self._paths]
+        return [self._stamp(path) for path in self._paths]
 
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise SettingsError(f"{str(path)!r} cannot be read: {error}") from error
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    def _stamp(self, path: Path) -> Stamp:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise SettingsError(f"{self._what}: {str(path)!r} cannot be read: {error.strerror}") from error
+        return status.st_mtime_ns, status.st_size, status.st_ino

@@ -233,7 +233,8 @@ def test_wrong_messages_get_the_right_status_and_a_sentence(
 @pytest.mark.parametrize(
     "fields,text",
     [
-        ({"host": "0.0.0.0"}, "TLS and tokens are missing"),
+        ({"host": "0.0.0.0"}, "host '0.0.0.0' is not a loopback address and TLS and tokens are missing"),
+        ({"host": " ", "insecure": True}, "host is empty"),
         ({"host": "example.org", "tokens": Path("t")}, "TLS are missing"),
         ({"host": "::", "certificate": Path("c"), "key": Path("k")}, "tokens are missing"),
         ({"certificate": Path("c")}, "both a certificate and its key"),

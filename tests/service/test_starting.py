@@ -57,7 +57,7 @@ def test_an_address_of_ip_version_6_is_said_with_brackets() -> None:
         (["--host", "nosuch.invalid", "--insecure"], "host 'nosuch.invalid' is no address"),
         (["--port", "{taken}"], "is another server there"),
         (["--snapshots", "/etc/passwd"], "snapshots '/etc/passwd' cannot be made"),
-        (["--tokens", "/etc/nothing"], "cannot be read"),
+        (["--tokens", "/etc/nothing"], "tokens: '/etc/nothing' cannot be read: No such file"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_a_line(
