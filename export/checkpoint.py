@@ -9,6 +9,7 @@ model.json with the sizes and settings to suggest (`ModelInfo`). `read_outline` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ class Outline:
             ("height", height, self.config.patch[1]),
             ("width", width, self.config.patch[2]),
         ):
-            if size < 1 or size % (stride * patch):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % (stride * patch):
                 raise SettingsError(
-                    f"{name} is {size} pixels: a positive multiple of {stride * patch} is needed, the VAE's stride "
+                    f"{name} is {size!r} pixels: a positive multiple of {stride * patch} is needed, the VAE's stride "
                     f"{stride} times the backbone's patch {patch}"
                 )
         return self.config.geometry(
@@ -173,7 +174,8 @@ def load_backbone(
     of its settings (`read_adapter`), else the rank. ema: True for averaged weights (generator_ema, model_ema or ema),
     False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the file's.
     text_len: see `parse_config`.
-    Raises CheckpointError, also where there are no averaged weights and ema is True.
+    Raises CheckpointError, also where there are no averaged weights and ema is True; SettingsError for a dtype or a
+    lora_alpha that cannot be.
     """
     return _load_backbone(Path(path), config, lora, lora_alpha, ema, dtype, text_len)[0]
 
@@ -187,6 +189,11 @@ def _load_backbone(
     dtype: torch.dtype | None,
     text_len: int | None,
 ) -> tuple[CausalWanModel, str, list[Path]]:
+    if dtype is not None:
+        _check_dtype(dtype)
+    if lora_alpha is not None and (lora is None or not math.isfinite(lora_alpha)):
+        remedy = "use a finite number" if lora else "give the lora that it is of, too"
+        raise SettingsError(f"lora_alpha is {lora_alpha}: {remedy}")
     files = find_weights(path)
     if config is None:
         beside = (path if path.is_dir() else path.parent) / "config.json"
@@ -200,15 +207,16 @@ def _load_backbone(
         model = CausalWanModel(config)
     naming.check(named, {key: value.shape for key, value in model.state_dict().items()}, str(path))
     check_floating({key: value.dtype for key, value in named.state.items()}, path)
-    state, kind = named.state, f"{named.found}, {files[0].name}"
+    state, kind, source = named.state, f"{named.found}, {files[0].name}", str(path)
     if lora is not None:
         adapter = read_adapter(Path(lora))
         state = merge_lora(state, adapter.state, str(lora), lora_alpha, adapter.config)
         files += adapter.files
         alpha = adapter.config.get("lora_alpha", "its own") if lora_alpha is None else lora_alpha
         kind += f" with LoRA {adapter.files[0].name}, alpha {alpha}"
+        source += f" with LoRA {lora}, alpha {alpha}"
     state = {key: value.to(dtype or value.dtype).contiguous() for key, value in state.items()}
-    check_finite(state, path)
+    check_finite(state, source)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), kind, files
 
@@ -216,18 +224,27 @@ def _load_backbone(
 def load_vae(
     folder: str | Path, info: ModelInfo | None = None, dtype: torch.dtype = torch.float32
 ) -> StreamingDecoder:
-    """The decoder of a diffusers VAE folder. Raises CheckpointError."""
+    """The decoder of a diffusers VAE folder. Raises CheckpointError, and SettingsError for a dtype that is none."""
     vae = _pretrained(AutoencoderKLWan, Path(folder), dtype)
     info = info or ModelInfo()
     return StreamingDecoder(vae, info.latents_mean, info.latents_std)
 
 
 def load_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """The encoder of a transformers UMT5 folder; a decoder in the same files is left alone. Raises CheckpointError."""
+    """The encoder of a transformers UMT5 folder; a decoder in the same files is left alone.
+
+    Raises CheckpointError, and SettingsError for a dtype that is none.
+    """
     return TextEncoder(_pretrained(UMT5EncoderModel, Path(folder), dtype))
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"dtype is {dtype!r}: use one of torch's for weights, such as torch.bfloat16")
+
+
 def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    _check_dtype(dtype)
     shapes = stored_shapes(find_weights(folder))
     settings = read_json(folder / "config.json")
     text = cls is UMT5EncoderModel
@@ -335,7 +352,7 @@ def load_checkpoint(
 
     backbone: weights to use instead of those in transformer/, such as a Self-Forcing or LongLive file; its config.json
     is then transformer/config.json. dtype: of all weights. The other arguments are `load_backbone`'s.
-    Raises CheckpointError where a part is missing or does not fit the others.
+    Raises CheckpointError where a part is missing or does not fit the others, SettingsError as `load_backbone`.
     """
     outline, root = read_outline(folder), Path(folder)
     info, config = outline.info, outline.config

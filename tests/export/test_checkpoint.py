@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from swiftvideo.export.checkpoint import load_backbone
 from swiftvideo.export.checkpoint_naming import from_diffusers, to_diffusers
 from swiftvideo.export.models.backbone import CausalWanModel
-from swiftvideo.runtime.errors import CheckpointError
+from swiftvideo.runtime.errors import CheckpointError, SettingsError
 
 from .wan import CONFIG, WAN_JSON, State, diffusers_model, prefixed, random_state, same
 
@@ -219,3 +219,29 @@ def test_what_downloads_leave_in_the_place_of_weights(tmp_path: Path) -> None:
             path.write_bytes(content)
             with pytest.raises(CheckpointError, match=match):
                 load_backbone(path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype is torch.int8: use one of torch's"),
+        ({"dtype": "fp16"}, "dtype is 'fp16'"),
+        ({"lora_alpha": 3.0}, "lora_alpha is 3.0: give the lora that it is of"),
+        ({"lora_alpha": float("nan"), "lora": "nowhere"}, "lora_alpha is nan: use a finite number"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_read(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_backbone("nowhere", CONFIG, **options)
+
+
+def test_a_lora_that_makes_weights_infinite_is_named(state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "base.safetensors")
+    key = "blocks.0.self_attn.q"
+    a, b = torch.ones(2, CONFIG.dim), torch.ones(CONFIG.dim, 2)
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "lora.safetensors")
+    options: dict[str, Any] = {"lora": tmp_path / "lora.safetensors", "lora_alpha": 1e39}
+    with pytest.raises(CheckpointError, match=r"with LoRA \S*lora.safetensors, alpha 1e\+39: \S+ has values"):
+        load_backbone(tmp_path / "base.safetensors", CONFIG, **options)

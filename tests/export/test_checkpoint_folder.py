@@ -219,9 +219,10 @@ def test_the_outline_reads_no_weights(folder: Path) -> None:
         (folder / file).unlink()
     outline = read_outline(folder)
     assert outline.geometry(32, 32) == expected
-    for size in (0, -4, 34, 33):  # 34: of the VAE's stride, not of the patch
+    sizes: list[Any] = [0, -4, 34, 33, 32.0, "32"]  # 34: of the VAE's stride, not of the patch
+    for size in sizes:
         with pytest.raises(
-            SettingsError, match=f"height is {size} pixels: a positive multiple of 4 is needed"
+            SettingsError, match=f"height is {size!r} pixels: a positive multiple of 4 is needed"
         ):
             outline.geometry(size)
 
