@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
 from swiftvideo.runtime import Pipeline
 from swiftvideo.runtime.errors import SettingsError
@@ -21,8 +20,7 @@ from .auth import AuthInterceptor, TokenFile, credentials
 from .config import MAX_MESSAGE, ServerConfig
 from .drain import drain, end_drained
 from .endpoint import Endpoint
-from .first import FirstMessages
-from .health import HealthService
+from .health import SERVICE as HEALTH, HealthService
 from .manager import SessionManager
 from .metrics import Metrics
 from .service import NAME, GenerationService
@@ -89,24 +87,20 @@ class Server:
         secure = credentials(config)
         self.manager = SessionManager(self.pipeline, config, self.metrics)
         service = GenerationService(self.manager, self._tokens, _version())
-        self._health = HealthService(("", NAME))
+        self._health = HealthService(("", NAME), config.start_timeout, service.refused)
         self._server = grpc.aio.server(
-            interceptors=[
-                AuthInterceptor(self._tokens, service.refused),
-                FirstMessages(config.start_timeout, service.refused),
-            ],
+            interceptors=[AuthInterceptor(self._tokens, service.refused)],
             options=(
                 *OPTIONS,
                 ("grpc.max_concurrent_streams", config.max_sessions + STREAMS),
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
             ),
         )
-        self._server.add_generic_rpc_handlers((service.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((service.handler(), self._health.handler()))
         if config.reflection:
             from grpc_reflection.v1alpha import reflection
 
-            names = (NAME, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+            names = (NAME, HEALTH, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         try:
             await self._open(secure)

@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from swiftvideo.runtime.tokenizer import SMALL_VOCABULARY
 from swiftvideo.v1 import generation_pb2 as pb
 
 from . import payload, settings
 from .auth import Identity, TokenFile, identify
-from .first import first_message
+from .first import first_message, malformed, only_message, parser, serialize
 from .manager import SessionManager
 from .reattach import reattach
 from .session import Outbox, ServedSession
@@ -48,12 +48,11 @@ class GenerationService:
     def handler(self) -> Any:
         """For `grpc.aio.Server.add_generic_rpc_handlers`.
 
-        Requests are parsed here, so that bytes that are no message are INVALID_ARGUMENT, not INTERNAL; responses of
-        Generate are bytes already.
+        Responses of Generate are bytes already.
         """
         methods = {
             "Generate": grpc.stream_stream_rpc_method_handler(
-                self._refusing(self.generate), _parser(pb.GenerateRequest), bytes
+                self._refusing(self.generate), parser(pb.GenerateRequest), bytes
             )
         }
         for name, work, request in (
@@ -61,8 +60,8 @@ class GenerationService:
             ("ListSessions", self.list_sessions, pb.ListSessionsRequest),
             ("StopSession", self.stop_session, pb.StopSessionRequest),
         ):
-            methods[name] = grpc.unary_unary_rpc_method_handler(
-                self._refusing(work), _parser(request), _serialize
+            methods[name] = grpc.stream_unary_rpc_method_handler(
+                self._refusing(self._reading(work)), parser(request), serialize
             )
         return grpc.method_handlers_generic_handler(NAME, methods)
 
@@ -75,12 +74,10 @@ class GenerationService:
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         """Identify the caller; exceptions become statuses."""
 
-        async def handle(request: Any, context: Any) -> Any:
+        async def handle(messages: Any, context: Any) -> Any:
             try:
                 identity = identify(self._tokens, context.invocation_metadata())
-                if isinstance(request, DecodeError):
-                    raise _malformed(request)
-                return await work(request, context, identity)
+                return await work(messages, context, identity)
             except (grpc.aio.AbortError, grpc.aio.BaseError):  # ours, or the client has gone
                 raise
             except Exception as error:
@@ -89,6 +86,17 @@ class GenerationService:
                     log.exception("a call failed")
                 self.refused(refused)
             return await refused.end(context)
+
+        return handle
+
+    def _reading(
+        self, work: Callable[[Any, Any, Identity], Awaitable[Any]]
+    ) -> Callable[[Any, Any, Identity], Awaitable[Any]]:
+        """Read the message of a call that takes one."""
+
+        async def handle(_: Any, context: Any, identity: Identity) -> Any:
+            request = await only_message(context, self._manager.config.start_timeout)
+            return await work(request, context, identity)
 
         return handle
 
@@ -248,30 +256,10 @@ def _operators_only(identity: Identity) -> None:
 def _kind(message: Any) -> str:
     """Which message it is. Raises Refusal where it is none."""
     if isinstance(message, DecodeError):
-        raise _malformed(message)
+        raise malformed(message)
     kind = message.WhichOneof("message")
     if kind is None:
         raise invalid(
             "the message is empty: set one of its fields; perhaps your protocol is newer than this server's"
         )
     return str(kind)
-
-
-def _malformed(error: DecodeError) -> Refusal:
-    return invalid(
-        f"the bytes are not a message of swiftvideo.v1 ({error}): generate your code from its .proto"
-    )
-
-
-def _parser(kind: type[Message]) -> Callable[[bytes], Message | DecodeError]:
-    def parse(data: bytes) -> Message | DecodeError:
-        try:
-            return kind.FromString(data)
-        except DecodeError as error:
-            return error
-
-    return parse
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()

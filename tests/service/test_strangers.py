@@ -275,13 +275,16 @@ def test_a_watcher_that_takes_no_answer_does_not_keep_the_server_from_ending(
     serving(pipeline, ServerConfig(port=0, grace=0.0), talk)
 
 
-def test_a_connection_has_few_calls_of_health_open(pipeline: Any, connect: Callable[..., Peer]) -> None:
+@pytest.mark.parametrize("body", [EMPTY, None], ids=["no answer is taken", "no message comes"])
+def test_a_connection_has_few_calls_of_health_open(
+    pipeline: Any, connect: Callable[..., Peer], body: bytes | None
+) -> None:
     def talk(server: Server, address: str) -> None:
         peer = connect(server.port, window=0)
         streams = range(1, 2 * health.CALLS, 2)
         for stream in streams:
-            peer.call(HEALTH + ("Check", "Watch")[stream % 4 > 1], stream, EMPTY)
-        peer.call(HEALTH + "Check", 101, EMPTY)
+            peer.call(HEALTH + ("Check", "Watch")[stream % 4 > 1], stream, body)
+        peer.call(HEALTH + "Check", 101, body)
         assert peer.answered(101) and not any(peer.answered(stream, 0.0) for stream in streams)
         (status,) = [data for kind, _, stream, data in peer.frames if kind == HEADERS and stream == 101]
         assert b"calls of health open" in status
