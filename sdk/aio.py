@@ -23,20 +23,17 @@ from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .connection import metadata_of, open_channel
+from .messages import EncodingName, check_seconds, filled, start_of
 from .remote import (
     BACKOFF,
     CLOSING,
     SERVICE,
-    EncodingName,
     RemoteChunk,
     ServiceError,
     UnavailableError,
     VideoState,
-    check_seconds,
     error_from,
-    filled,
     late,
-    start_of,
 )
 
 
@@ -57,6 +54,7 @@ class Client:
         key: str | Path | None = None,
         timeout: float = 10.0,
     ) -> None:
+        check_seconds("timeout", timeout)
         self.address = address
         self.timeout = timeout
         self.closed = False

@@ -16,28 +16,20 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .messages import EncodingName, check_text, filled
+from .protocol import MAX_PROMPTS
+
 SERVICE = "/swiftvideo.v1.GenerationService/"
-M = TypeVar("M", bound=Message)
-EncodingName = Literal["raw", "jpeg", "h264"]
 NAMES: dict[int, EncodingName] = {pb.ENCODING_RAW: "raw", pb.ENCODING_JPEG: "jpeg", pb.ENCODING_H264: "h264"}
-ENCODINGS: dict[str, pb.Encoding] = {
-    "raw": pb.ENCODING_RAW,
-    "jpeg": pb.ENCODING_JPEG,
-    "h264": pb.ENCODING_H264,
-}
-KEPT_PROMPTS = 64
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 """Seconds before each reconnect; the last one repeats."""
-LONGEST = 4_000_000
-"""Seconds that a time may have: 32 bits of milliseconds."""
 CLOSING = 2.0
 """Seconds that the end of a session may take on the server."""
 
@@ -115,6 +107,8 @@ def late(deadline: float | None) -> DeadlineError:
 
 LOCAL_FAILURE = "Internal error from Core"
 """What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
+LATE = "Deadline Exceeded"
+"""What gRPC says of an answer that did not come in time."""
 CONNECTING = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 """How the details of a call begin that found no server."""
 REMEDIES = (
@@ -144,6 +138,8 @@ def error_from(error: Any) -> ServiceError:
     if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(CONNECTING):
         remedy = next(remedy for sign, remedy in REMEDIES if sign in details)
         return UnavailableError(f"{details.strip()}. {remedy}", grpc.StatusCode.UNAVAILABLE)
+    if details == LATE:
+        details = "the server did not answer in time: is it well, or busy? A client's timeout says how long it may take"
     return error_of(error.code(), details, error.trailing_metadata())
 
 
@@ -263,9 +259,10 @@ class VideoState:
 
     def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
         """A new prompt. Raises SettingsError for one that cannot be sent."""
+        check_text("prompt", text)
         prompt = filled(pb.Prompt, id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
         self.prompts[prompt.id] = prompt
-        while len(self.prompts) > KEPT_PROMPTS:
+        while len(self.prompts) > MAX_PROMPTS:
             oldest = next(iter(self.prompts))
             for known in (self.prompts, self.rejected, self.accepted, self.applied):
                 known.pop(oldest, None)
@@ -349,55 +346,3 @@ class VideoState:
                 **timings.stages_ms,
             },
         )
-
-
-def filled(kind: type[M], **fields: Any) -> M:
-    """A message of these fields. Raises SettingsError where one cannot be sent."""
-    message = kind()
-    for name, value in fields.items():
-        try:
-            message.MergeFrom(kind(**{name: value}))
-        except (ValueError, TypeError) as error:
-            raise SettingsError(
-                f"{kind.DESCRIPTOR.name.lower()}: {name} is {value!r:.60} ({error}): use whole numbers that are not "
-                "negative, and text that UTF-8 can hold"
-            ) from error
-    return message
-
-
-def check_seconds(name: str, value: float | None) -> None:
-    """Raises SettingsError where a time is no number of seconds, or would not fit into a message; None is fine."""
-    if value is not None and not 0 <= value <= LONGEST:
-        raise SettingsError(f"{name} is {value!r}: use 0 to {LONGEST} seconds")
-
-
-def start_of(
-    prompt: str,
-    seed: int,
-    credits: int,
-    encoding: str,
-    policy: pb.PolicySettings | str | None,
-    linger: float,
-    chunks: int,
-) -> pb.Start:
-    """The message that begins a session. Raises SettingsError for values that no server would take."""
-    if encoding not in ENCODINGS:
-        raise SettingsError(f"encoding is {encoding!r}: use one of {', '.join(ENCODINGS)}")
-    if isinstance(policy, str):
-        kinds = {
-            name.removeprefix("POLICY_KIND_").lower(): kind for name, kind in pb.PolicyKind.items() if kind
-        }
-        if policy not in kinds:
-            raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
-        policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
-    check_seconds("linger", linger)
-    return filled(
-        pb.Start,
-        prompt=prompt,
-        seed=seed,
-        credits=credits,
-        encoding=ENCODINGS[encoding],
-        policy=policy,
-        linger_ms=round(linger * 1000),
-        chunks=chunks,
-    )

@@ -9,8 +9,6 @@ from pathlib import Path
 from swiftvideo.runtime.errors import SettingsError
 from swiftvideo.sdk.address import is_loopback
 
-MAX_MESSAGE = 64 * 1024
-"""Bytes of a request."""
 MAX_SETTING = 1_000_000
 """Of seconds and other numbers."""
 COUNTS = ("max_sessions", "max_sessions_per_client", "max_connections", "max_credits", "max_pending_prompts")

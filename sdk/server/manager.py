@@ -15,6 +15,7 @@ import grpc
 
 from swiftvideo.runtime import Pipeline, Session
 from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
+from swiftvideo.sdk.protocol import MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
 from . import payload, settings
@@ -23,7 +24,7 @@ from .config import ServerConfig
 from .engine import EngineThread, Job, Made
 from .metrics import Metrics
 from .recovery import Recovery
-from .session import MAX_TEXT, Outbox, Packed, ServedSession, Terms
+from .session import Outbox, Packed, ServedSession, Terms
 from .status import Refusal, invalid
 
 log = logging.getLogger(__name__)

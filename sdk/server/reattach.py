@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from swiftvideo.sdk.protocol import MAX_PROMPTS
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .session import Outbox, ServedSession, check_id, token_hash
@@ -21,8 +22,8 @@ async def reattach(
 ) -> tuple[ServedSession, Outbox]:
     """An earlier session, attached again. Raises Refusal; the session goes on waiting then."""
     manager.check_open()
-    if len(message.prompts) > 64:
-        raise invalid(f"reattach.prompts has {len(message.prompts)} entries: send the last 64")
+    if len(message.prompts) > MAX_PROMPTS:
+        raise invalid(f"reattach.prompts has {len(message.prompts)} entries: send the last {MAX_PROMPTS}")
     for prompt in message.prompts:
         check_id(prompt)
     session = await _find(manager, client, message.resume_token)

@@ -15,9 +15,10 @@ import grpc
 
 from swiftvideo.runtime import Pipeline
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.sdk.protocol import MAX_REQUEST
 
 from .auth import AuthInterceptor, TokenFile, credentials
-from .config import MAX_MESSAGE, ServerConfig
+from .config import ServerConfig
 from .drain import drain, end_drained
 from .endpoint import Endpoint
 from .health import SERVICE as HEALTH, HealthService
@@ -29,7 +30,7 @@ from .systemd import ready
 log = logging.getLogger(__name__)
 
 OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_REQUEST),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 20_000),

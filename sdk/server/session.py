@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from swiftvideo.runtime import Prompt
+from swiftvideo.sdk.protocol import MAX_ID, MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .engine import EngineThread, Job, Made
@@ -20,8 +21,6 @@ from .status import Refusal, invalid, refusal
 
 KNOWN_PROMPTS = 1024
 """Ids of a session that are remembered, so that sending one again is harmless."""
-MAX_TEXT = 4096
-MAX_ID = 64
 OUTBOX = 256
 """Messages that may wait for a client; a client that is not reading is not read from beyond that."""
 STREAK = 3

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from swiftvideo.runtime.errors import SettingsError
 from swiftvideo.sdk import cli, remote
 from swiftvideo.sdk.client import Client
+from swiftvideo.sdk.protocol import MAX_REQUEST
 from swiftvideo.sdk.server.auth import TokenFile, identify
-from swiftvideo.sdk.server.config import MAX_MESSAGE, ServerConfig
+from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.status import Refusal
 from swiftvideo.v1 import generation_pb2 as pb
 
@@ -203,7 +204,7 @@ WRONG_ORDER = [
     ),
     ([start(), prompt("", "w1")], "INVALID_ARGUMENT", "prompt's id"),
     ([pb.GenerateRequest(reattach=pb.Reattach(resume_token="x"))], "NOT_FOUND", "resume token"),
-    ([start("w1 " * 30_000)], "RESOURCE_EXHAUSTED", str(MAX_MESSAGE)),
+    ([start("w1 " * 120_000)], "RESOURCE_EXHAUSTED", str(MAX_REQUEST)),
     ([start("w1 " * 2000)], "INVALID_ARGUMENT", "6000 bytes"),
 ]
 

@@ -11,10 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -24,7 +27,7 @@ from swiftvideo.sdk import aio, cli, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import ServerProcess, heard, proxied, reference
+from .harness import METHOD, ServerProcess, heard, proxied, reference
 
 ROOT = Path(__file__).parents[2]
 NODE = Path(__file__).parent / "node"
@@ -123,11 +126,33 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
         ({"linger": math.inf}, "linger is inf"),
         ({"linger": math.nan}, "linger is nan"),
         ({"deadline": -1}, "deadline is -1"),
+        ({"prompt": "ä" * 3000}, "the prompt has 6000 bytes: use at most 4096"),
     ],
 )
 def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], text: str) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(SettingsError, match=text):
         client.generate(**{"prompt": "w1", **fields})
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with pytest.raises(SettingsError, match=f"timeout is {timeout}"):
+        Client("127.0.0.1:1", timeout=timeout)
+
+
+def test_an_answer_that_does_not_come_in_time_is_said_so() -> None:
+    over = threading.Event()
+    describe = grpc.unary_unary_rpc_method_handler(lambda *_: over.wait(60) and b"")
+    slow = grpc.server(ThreadPoolExecutor(1))
+    name = METHOD.strip("/")
+    slow.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Describe": describe}),))
+    port = slow.add_insecure_port("127.0.0.1:0")
+    slow.start()
+    with Client(f"127.0.0.1:{port}", timeout=0.5) as client:
+        with pytest.raises(remote.DeadlineError, match="did not answer in time"):
+            client.describe()
+    over.set()
+    slow.stop(0).wait(20)
 
 
 def test_what_cannot_be_sent_is_said_and_changes_nothing(server: ServerProcess) -> None:
@@ -136,6 +161,7 @@ def test_what_cannot_be_sent_is_said_and_changes_nothing(server: ServerProcess) 
             ("w1", -1, "at_chunk is -1"),
             ("w1", 1 << 70, "at_chunk is 1180591620717411303424"),
             ("\ud800", 0, r"text is '\\ud800'"),
+            ("w1 " * 40_000, 0, "has 120000 bytes: use at most 4096"),  # gRPC would end the session for it
         ):
             with pytest.raises(SettingsError, match=message):
                 video.prompt(text, at_chunk)

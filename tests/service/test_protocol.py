@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from swiftvideo.sdk.protocol import MAX_ID, MAX_PROMPTS, MAX_REQUEST, MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +65,12 @@ def test_the_calls_are_those_that_were_promised() -> None:
         "ListSessions",
         "StopSession",
     ]
+
+
+def test_the_largest_reattach_fits_into_a_request() -> None:
+    prompt = pb.Prompt(id="i" * MAX_ID, text="t" * MAX_TEXT, at_chunk=2**64 - 1, heard_chunk=2**64 - 1)
+    largest = pb.Reattach(resume_token="r" * 1024, next_chunk=2**64 - 1, prompts=[prompt] * MAX_PROMPTS)
+    assert pb.GenerateRequest(reattach=largest).ByteSize() < MAX_REQUEST
+    text = (PROTOS / "swiftvideo/v1/generation.proto").read_text()
+    for limit in (f"{MAX_REQUEST // 1024} KiB", f"at most {MAX_PROMPTS},", f"at most {MAX_TEXT} bytes"):
+        assert limit in text

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from swiftvideo.sdk import aio
-from swiftvideo.sdk.remote import VideoState, start_of
+from swiftvideo.sdk.messages import start_of
+from swiftvideo.sdk.protocol import MAX_PROMPTS, MAX_TEXT
+from swiftvideo.sdk.remote import VideoState
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .harness import CuttingProxy, Record, ServerProcess
@@ -143,3 +145,15 @@ def test_prompts_are_sent_again_in_the_order_in_which_the_server_took_them() -> 
     assert hold.WhichOneof("message") == "pause"
     state.paused = False
     assert state.opening()[1].WhichOneof("message") == "resume"
+
+
+def test_as_many_and_as_long_prompts_as_may_wait_survive_a_cut(server: ServerProcess) -> None:
+    async def ask_them(video: aio.Video, proxy: CuttingProxy) -> None:
+        for number in range(MAX_PROMPTS):
+            await video.prompt("w1".ljust(MAX_TEXT), at_chunk=1000 + number)
+
+    async def cut(_: aio.Video, proxy: CuttingProxy) -> None:
+        proxy.cut()
+
+    record, state = run(server, {1: ask_them, 3: cut}, 6)
+    assert len(record.frames) == 6 and len(state.accepted) == MAX_PROMPTS and not state.rejected

@@ -14,7 +14,8 @@ import pytest
 from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.sdk import aio, connection, remote
 from swiftvideo.sdk.client import Client, Video
-from swiftvideo.sdk.remote import VideoState, start_of
+from swiftvideo.sdk.messages import start_of
+from swiftvideo.sdk.remote import VideoState
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .harness import CuttingProxy, ServerProcess, proxied, reference

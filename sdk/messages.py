@@ -1,0 +1,82 @@
+"""What a client sends, checked before it is sent."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from google.protobuf.message import Message
+
+from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.v1 import generation_pb2 as pb
+
+from .protocol import MAX_TEXT
+
+M = TypeVar("M", bound=Message)
+EncodingName = Literal["raw", "jpeg", "h264"]
+ENCODINGS: dict[str, pb.Encoding] = {
+    "raw": pb.ENCODING_RAW,
+    "jpeg": pb.ENCODING_JPEG,
+    "h264": pb.ENCODING_H264,
+}
+LONGEST = 4_000_000
+"""Seconds that a time may have: 32 bits of milliseconds."""
+
+
+def filled(kind: type[M], **fields: Any) -> M:
+    """A message of these fields. Raises SettingsError where one cannot be sent."""
+    message = kind()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(
+                f"{kind.DESCRIPTOR.name.lower()}: {name} is {value!r:.60} ({error}): use whole numbers that are not "
+                "negative, and text that UTF-8 can hold"
+            ) from error
+    return message
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raises SettingsError where a time is no number of seconds, or would not fit into a message; None is fine."""
+    if value is not None and not 0 <= value <= LONGEST:
+        raise SettingsError(f"{name} is {value!r}: use 0 to {LONGEST} seconds")
+
+
+def check_text(name: str, text: object) -> None:
+    """Raises SettingsError where a text is longer than the protocol has it: gRPC would end the call for some."""
+    size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
+    if size > MAX_TEXT:
+        raise SettingsError(f"the {name} has {size} bytes: use at most {MAX_TEXT}")
+
+
+def start_of(
+    prompt: str,
+    seed: int,
+    credits: int,
+    encoding: str,
+    policy: pb.PolicySettings | str | None,
+    linger: float,
+    chunks: int,
+) -> pb.Start:
+    """The message that begins a session. Raises SettingsError for values that no server would take."""
+    if encoding not in ENCODINGS:
+        raise SettingsError(f"encoding is {encoding!r}: use one of {', '.join(ENCODINGS)}")
+    if isinstance(policy, str):
+        kinds = {
+            name.removeprefix("POLICY_KIND_").lower(): kind for name, kind in pb.PolicyKind.items() if kind
+        }
+        if policy not in kinds:
+            raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
+        policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
+    check_seconds("linger", linger)
+    check_text("prompt", prompt)
+    return filled(
+        pb.Start,
+        prompt=prompt,
+        seed=seed,
+        credits=credits,
+        encoding=ENCODINGS[encoding],
+        policy=policy,
+        linger_ms=round(linger * 1000),
+        chunks=chunks,
+    )
