@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.server import OPTIONS, Server
 
 from .harness import METHOD, ServerProcess, serving
-from .peers import DATA, EMPTY, GOAWAY, HEADERS, HEALTH, PREFACE, RESET, SETTINGS, Peer, frame, headers
+from .peers import DATA, EMPTY, GOAWAY, HEADERS, HEALTH, PING, PREFACE, RESET, SETTINGS, Peer, frame, headers
 from .test_access import CLIENT, make_pki, write_tokens
 from .test_server import wait_for
 
@@ -273,6 +274,22 @@ def test_a_watcher_that_takes_no_answer_does_not_keep_the_server_from_ending(
         assert not any(kind == DATA for kind, *_ in peer.frames)
 
     serving(pipeline, ServerConfig(port=0, grace=0.0), talk)
+
+
+def test_a_connection_may_not_send_more_and_more_ahead(pipeline: Any, connect: Callable[..., Peer]) -> None:
+    """gRPC measures with pings how much a fast peer could send, and then lets it: megabytes, on every connection."""
+
+    def talk(server: Server, address: str) -> None:
+        peer = connect(server.port)
+        for stream in (1, 3, 5):
+            peer.call(HEALTH + "Check", stream, EMPTY)
+            assert peer.answered(stream)
+        assert not any(kind == PING for kind, *_ in peer.frames)
+        settings = [data for kind, flags, _, data in peer.frames if kind == SETTINGS and not flags]
+        windows = [value for data in settings for key, value in struct.iter_unpack(">HI", data) if key == 4]
+        assert max(windows, default=65_535) <= 65_535
+
+    serving(pipeline, ServerConfig(port=0), talk)
 
 
 @pytest.mark.parametrize("body", [EMPTY, None], ids=["no answer is taken", "no message comes"])
