@@ -213,10 +213,9 @@ class CudaEngine(TorchEngine):
         return o
 
     def launch(self, op: str, sizes: dict[str, int], *arguments: Any) -> None:
-        """Launch a kernel into the current stream, which may be recording a graph. Only inside the lane."""
-        stream = int(torch.cuda.current_stream(self.device).cuda_stream)
+        """Launch a kernel into the lane's stream, which may be recording a graph. Only inside the lane."""
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-        self.launchers[op].run(stream, sizes, *values)
+        self.launchers[op].run(self.lane.handle, sizes, *values)
 
 
 class CudaSession(TorchSession):

@@ -103,15 +103,9 @@ class Gpu:
         }
 
     def _seconds(self, work: Callable[[], object], repeats: int = 20) -> float:
-        for _ in range(3):
-            work()
-        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        self.wait()
-        return float(start.elapsed_time(end)) / 1000 / repeats
+        from swiftvideo.export.lanes import milliseconds
+
+        return milliseconds(work, repeats) / 1000
 
 
 class PlanGpu(Gpu):

@@ -63,9 +63,13 @@ class Split:
         queries, keys, width, merged = launcher.spec.tile
         return cls(queries, keys, width, merged, launcher.slots())
 
+    def tiles(self, queries: int, heads: int, batch: int) -> int:
+        """How many tiles an attention of `queries` has."""
+        return -(-queries // self.queries) * heads * batch
+
     def phases(self, queries: int, heads: int, batch: int, rows: int) -> list[Phase]:
         """The launches for an attention of `queries` over at most `rows` cached rows and as many fresh ones."""
-        tiles = -(-queries // self.queries) * heads * batch
+        tiles = self.tiles(queries, heads, batch)
         rest = tiles % self.slots
         blocks = (rows + queries) / self.keys
         pieces = min(range(1, MOST_PIECES + 1), key=lambda n: self._cost(rest, n, blocks))

@@ -36,7 +36,7 @@ class Pieces(Split):
     """The last tiles in three pieces each, for which so few keys give no cause."""
 
     def phases(self, queries: int, heads: int, batch: int, rows: int) -> list[Phase]:
-        tiles = -(-queries // self.queries) * heads * batch
+        tiles = self.tiles(queries, heads, batch)
         return self.divided(tiles, max(1, tiles % self.slots), 3)
 
 

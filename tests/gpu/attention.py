@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftvideo.export.kernels.compiler import Tiles, compile_kernel
+from swiftvideo.export.lanes import milliseconds
 from swiftvideo.runtime.plugins.kernel import ATTENTION, Kernel
 from swiftvideo.runtime.plugins.launch import Launcher
 from swiftvideo.runtime.plugins.split import Phase, Split, workspace
@@ -58,20 +59,6 @@ def table_of(pieces: list[tuple[int, int]]) -> Tensor:
     return torch.tensor([padded], dtype=torch.int32, device=DEVICE)
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """Mean time of `work` by CUDA events, after three runs that do not count."""
-    for _ in range(3):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / repeats
-
-
 def stream() -> int:
     """The current stream's handle."""
     return int(torch.cuda.current_stream().cuda_stream)
@@ -82,7 +69,7 @@ def phases_of(launcher: Launcher, divided: bool) -> list[Phase]:
     split = Split.of(launcher)
     if divided:
         return split.phases(QUERIES, HEADS, 1, ROWS)
-    return split.divided(-(-QUERIES // split.queries) * HEADS, 0, 1)
+    return split.divided(split.tiles(QUERIES, HEADS, 1), 0, 1)
 
 
 class Attention:

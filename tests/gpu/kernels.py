@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from swiftvideo.export.kernels.compiler import Tiles, attention_tiles, compile_kernel
+from swiftvideo.export.lanes import milliseconds
 from swiftvideo.export.ops import semantic_injection
 from swiftvideo.runtime.plugins.kernel import ATTENTION, COMMIT, INJECTION, OPS, PLACE, Kernel, KernelSpec
 from swiftvideo.runtime.plugins.launch import Launcher
@@ -39,7 +40,6 @@ from .attention import (
     WINDOW,
     P,
     huge_logits,
-    milliseconds,
     replayed,
     stream,
     tuned,

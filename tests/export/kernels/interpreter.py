@@ -113,9 +113,10 @@ def _attention(
     q, fresh_k, fresh_v, cache_k, cache_v, segments, layer, scale = arguments
     batch, queries, heads, head = q.shape
     o = torch.full_like(q, float("nan"))
-    width, merged, tiles = block_width(head), 8, -(-queries // block_m) * heads * batch
+    width, merged = block_width(head), 8
     partial = torch.full((max(1, split[0] * split[1]) * block_m * (width + 2),), float("nan"))
-    for phase in Split(block_m, block_n, width, merged, slots=1).divided(tiles, *split):
+    divided = Split(block_m, block_n, width, merged, slots=1)
+    for phase in divided.divided(divided.tiles(queries, heads, batch), *split):
         dynamic_window_attention[(phase.programs,)](
             *(q, fresh_k, fresh_v, cache_k, cache_v, segments, o, partial),
             *(layer, scale, batch, heads, queries, cache_k.shape[2]),
