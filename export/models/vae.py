@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -211,6 +212,34 @@ class _Pass:
                 y = self.convolve(module.time_conv, x)  # [B,2C,F,...]: the halves are the even and odd frames
                 x = torch.stack(y.chunk(2, dim=1), dim=3).flatten(2, 3)
         frames = x.transpose(1, 2)
-        batch = frames.shape[0]
-        scaled: Tensor = module.resample(frames.flatten(0, 1))
-        return torch.unflatten(scaled, 0, (batch, -1)).transpose(1, 2)
+        scaled = doubled(frames.flatten(0, 1), *module.resample[1].parameters())
+        return torch.unflatten(scaled, 0, (frames.shape[0], -1)).transpose(1, 2)
+
+
+def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Rows and columns repeated twice, then a convolution: x [N,C,H,W], weight [O,C,3,3], bias [O] -> [N,O,2H,2W].
+
+    Under the nine taps of an output lie only four different inputs; which taps share one depends on whether its row
+    and column are even or odd. So one 2x2 convolution of x as it is makes the four kinds of output, each as O
+    channels, with 4/9 of the multiplications; nothing repeated is written.
+    """
+    height, width = x.shape[2:]
+    kinds = (
+        _pairs(_pairs(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)
+    )  # columns, then rows, then O
+    y = functional.conv2d(x, kinds, bias.repeat(4), padding=1).permute(
+        0, 2, 3, 1
+    )  # channels stay last in memory
+    parts = [
+        part[:, row : row + height, column : column + width]
+        for (column, row), part in zip(product((0, 1), (0, 1)), y.chunk(4, dim=3), strict=True)
+    ]
+    rows = [torch.stack(parts[row::2], dim=3) for row in (0, 1)]
+    return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def _pairs(weight: Tensor, dim: int) -> Tensor:
+    """Three taps along `dim` -> two for even outputs and two for odd ones, stacked in a new first dimension."""
+    first, second, third = weight.unbind(dim)
+    even, odd = (first, second + third), (first + second, third)
+    return torch.stack((torch.stack(even, dim), torch.stack(odd, dim)))
