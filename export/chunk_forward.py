@@ -24,7 +24,8 @@ from torch import Tensor
 from swiftvideo.runtime.engine import Float32, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError
 
-from .library_attention import LIBRARY, library_attention, passing
+from .library_attention import faster, library_attention, passing
+from .models.backbone import full_attention
 from .torch_engine import copy_rows, memory_for
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
 Rows = list[tuple[int, int]]
 """(start, length) of runs of rows."""
-
-TRIALS = 10
-"""Runs of each attention that are timed to find the faster."""
-MARGIN = 0.95
-"""Of the kernel's time, what torch's attention must stay below: the choice should not hang on noise."""
 
 
 class ChunkForward:
@@ -64,9 +60,12 @@ class ChunkForward:
         self.fresh = self.keys[:, :, g.rows :], self.values[:, :, g.rows :]
         self.module = copy.copy(engine.denoising)
         self.module.attention = self._attention  # type: ignore[method-assign]
+        self.module.cross_attention = self._cross_attention  # type: ignore[method-assign]
         self.module.fresh = self.fresh
         self.library: str | None = None
         """Which of torch's attentions serves windows of whole frames; None: the kernel serves all."""
+        self.cross_library: str | None = None
+        """Which one attends to the prompt; None: torch's own choice."""
         self._graphs: dict[int, Callable[[], None]] = {}
         self._serving: tuple[int, str | None] = (0, None)
         self._closed = False
@@ -120,7 +119,8 @@ class ChunkForward:
     def close(self) -> None:
         """Give back what graphs and buffers hold; the attention refers back to this."""
         self._closed, self._graphs = True, {}
-        self.module.__dict__.pop("attention", None)
+        for name in ("attention", "cross_attention"):
+            self.module.__dict__.pop(name, None)
 
     def _release(self, session: CudaSession) -> None:
         """Another session's K and V that it has not committed yet become its own."""
@@ -158,7 +158,10 @@ class ChunkForward:
         if wanted == "fastest" and (engine.device.type != "cuda" or engine.model.dtype is torch.float32):
             wanted = "kernel"  # there is no choice: torch's take no float32
         try:
-            library = self._fastest() if wanted == "fastest" else None if wanted == "kernel" else wanted
+            if wanted == "fastest":
+                library, self.cross_library = self._fastest(), self._fastest_cross()
+            else:
+                library = self.cross_library = None if wanted == "kernel" else wanted
             graphs = {0: self._ready(0, None, pool, runs=3)}
             if library is not None:
                 graphs |= self._of_windows(library, pool)
@@ -205,6 +208,12 @@ class ChunkForward:
         k, v = (block[layer, :, end - shown :] for block in (self.keys, self.values))
         return library_attention(library, q, k, v, rest[4])
 
+    def _cross_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attend` over the prompt."""
+        if self.cross_library is None:
+            return full_attention(q, k, v)
+        return library_attention(self.cross_library, q, k, v, q.shape[-1] ** -0.5)
+
     def _show(self, count: int) -> None:
         """A table of the block's last rows."""
         self.table.zero_()
@@ -220,22 +229,33 @@ class ChunkForward:
         shape = (self.batch, self.queries, g.heads, g.head_dim)
         q, k, v = (torch.randn(shape, device=engine.device).to(engine.model.dtype) for _ in range(3))
 
-        def timed(library: str | None) -> float:
-            self._serving = shown, library
-            given = (q, k, v, self.keys, self.values, self.table, 0, g.head_dim**-0.5)
-            return engine.lane.milliseconds(lambda: self._attention(*given), TRIALS)
+        given = (q, k, v, self.keys, self.values, self.table, 0, g.head_dim**-0.5)
 
-        kernel = timed(None)
-        engine.attention_ms, found = {"kernel": kernel}, {}
-        for name in LIBRARY:
-            try:
-                found[name] = engine.attention_ms[name] = timed(name)
-            except RuntimeError as error:
-                if not passing(error):
-                    raise
-                engine.attention_ms[name] = str(error)
-        best = min(found, key=lambda name: found[name], default=None)
-        return best if best is not None and found[best] < MARGIN * kernel else None
+        def by(library: str | None) -> Callable[[], object]:
+            def work() -> None:
+                self._serving = shown, library
+                self._attention(*given)
+
+            return work
+
+        return faster(engine.lane, engine.attention_ms, "kernel", by(None), by)
+
+    def _fastest_cross(self) -> str | None:
+        """The same over a prompt, where torch chooses by rules unless it is told."""
+        g, engine = self.engine.geometry, self.engine
+        q, k, v = (
+            torch.randn(self.batch, count, g.heads, g.head_dim, device=engine.device).to(engine.model.dtype)
+            for count in (self.queries, g.text_len, g.text_len)
+        )
+
+        def by(library: str | None) -> Callable[[], object]:
+            def work() -> None:
+                self.cross_library = library
+                self._cross_attention(0, q, k, v)
+
+            return work
+
+        return faster(engine.lane, engine.cross_attention_ms, "torch", by(None), by)
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> Rows:

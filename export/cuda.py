@@ -5,7 +5,8 @@
 - Attention over the cache, injection and the placing of rows are this project's kernels (export/kernels), compiled for
   the GPU when the engine is made: nothing waits for the table's lengths. Where torch's own attention is faster, it
   serves windows of whole frames.
-- torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, GELU, gates.
+- torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, gates. GELU is
+  part of its product (export/linear_gelu.py).
 - The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass.
 - All sessions of an engine share its two streams, and take turns where threads run several (export/lanes.py).
 - What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
@@ -36,14 +37,18 @@ from swiftvideo.runtime.plugins.split import Split, workspace
 from .chunk_forward import ChunkForward
 from .graphs import Denoise
 from .lanes import Lane
+from .linear_gelu import join_gelu
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
 from .models.vae import StreamingDecoder
 from .ops import dynamic_window_attention
 from .torch_engine import TextEncoder, TorchEngine, TorchSession, array
 
-COMPILED = ("qkv", "add_self", "cross_query", "add_cross", "add_ffn")
+COMPILED = ("qkv", "after_self", "after_cross")
 """Methods of a block that torch.compile takes; their shapes are those of a chunk and of recaches."""
+
+DECODER_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 16}
+"""Of Inductor. By default (4) it writes the norm of a sum of tensors in float32 and reads it again to cast it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,11 @@ class Options:
     graphs: bool = True
     kernels: bool = True
     compiled: bool = True
+    joined_gelu: bool = True
     channels_last: bool = True
     attention: Literal["fastest", "kernel", "cudnn", "flash"] = "fastest"
-    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here."""
+    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here. The prompt is
+    for one of torch's as well; with "kernel", for the one that torch chooses."""
 
     def __post_init__(self) -> None:
         if self.graphs and not self.kernels:
@@ -109,7 +116,11 @@ class CudaEngine(TorchEngine):
         self.forwards: dict[int, ChunkForward] = {}
         self.attention_ms: dict[str, float | str] = {}
         """Milliseconds of each attention over the whole window, where that was measured; why one of torch's was not."""
+        self.cross_attention_ms: dict[str, float | str] = {}
+        """Likewise over the prompt; "torch" is what torch itself chooses."""
         self._decode: Any = None if decoder is None else decoder.decode
+        if self.options.joined_gelu:
+            join_gelu(self.model)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.benchmark_limit = 4
@@ -119,7 +130,9 @@ class CudaEngine(TorchEngine):
                 self._compile_kernels()
             if self.options.compiled:
                 compile_blocks(self.model)
-                self._decode = self._decode and torch.compile(self._decode, dynamic=False)
+                self._decode = self._decode and torch.compile(
+                    self._decode, dynamic=False, options=DECODER_OPTIONS
+                )
         if self.decoder is not None and self.options.channels_last:
             channels_last(self.decoder)
             self.cache_format = torch.channels_last_3d
@@ -173,6 +186,12 @@ class CudaEngine(TorchEngine):
     def attention(self) -> str | None:
         """What attends over windows of whole frames: "kernel", "cudnn", "flash"; None before any chunk."""
         chosen = sorted({f.library or "kernel" for f in self.forwards.values() if f.prepared})
+        return ", ".join(chosen) or None
+
+    @property
+    def cross_attention(self) -> str | None:
+        """What attends to the prompt: "torch" for its own choice, "cudnn", "flash"; None before any chunk."""
+        chosen = sorted({f.cross_library or "torch" for f in self.forwards.values() if f.prepared})
         return ", ".join(chosen) or None
 
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:

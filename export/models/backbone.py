@@ -215,35 +215,29 @@ class Block(nn.Module):
         """m_0..m_5, float32 [B,F,1,D] each, from e0 [B,F,6,D]."""
         return torch.unbind((self.modulation.float() + e0.float()).unsqueeze(3), dim=2)
 
-    def qkv(
-        self, x: Tensor, m: tuple[Tensor, ...], cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, e0: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k after the rotary embedding, v: [B,F*P,n,d] in x's dtype.
 
-        x [B,F,P,D]; m from `modulations`; cos, sin [B,F*P,1,d/2].
+        x [B,F,P,D]; e0 [B,F,6,D] from `CausalWanModel.time_embed`; cos, sin [B,F*P,1,d/2].
         """
+        m = self.modulations(e0)
         y = _modulated(x, m[0], m[1], self.eps).flatten(1, 2)
         attention = self.self_attn
         q = rotate(attention.query(y), cos, sin, x.dtype)
         k = rotate(attention.key(y), cos, sin, x.dtype)
         return q, k, attention.value(y)
 
-    def add_self(self, x: Tensor, o: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        """x [B,F,P,D] plus the gated self-attention o [B,F*P,n,d]."""
-        return _gated(x, torch.unflatten(self.self_attn.output(o), 1, (-1, x.shape[2])), m[2])
-
-    def cross_query(self, x: Tensor) -> Tensor:
-        """Queries of the cross-attention, [B,F*P,n,d] in x's dtype; x [B,F,P,D]."""
+    def after_self(self, x: Tensor, o: Tensor, e0: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,F,P,D] plus the gated self-attention o [B,F*P,n,d]; queries of the cross-attention, shaped as o."""
+        x = _gated(x, torch.unflatten(self.self_attn.output(o), 1, (-1, x.shape[2])), self.modulations(e0)[2])
         weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
         y = functional.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
-        return self.cross_attn.query(y.flatten(1, 2)).to(x.dtype)
+        return x, self.cross_attn.query(y.flatten(1, 2)).to(x.dtype)
 
-    def add_cross(self, x: Tensor, o: Tensor) -> Tensor:
-        """x [B,F,P,D] plus the cross-attention o [B,F*P,n,d]; no gate."""
-        return x + torch.unflatten(self.cross_attn.output(o), 1, (-1, x.shape[2]))
-
-    def add_ffn(self, x: Tensor, m: tuple[Tensor, ...]) -> Tensor:
-        """x [B,F,P,D] plus the gated feed-forward network."""
+    def after_cross(self, x: Tensor, o: Tensor, e0: Tensor) -> Tensor:
+        """x [B,F,P,D] plus the cross-attention o [B,F*P,n,d], which has no gate; then the gated feed-forward."""
+        m = self.modulations(e0)
+        x = x + torch.unflatten(self.cross_attn.output(o), 1, (-1, x.shape[2]))
         return _gated(x, self.ffn(_modulated(x, m[3], m[4], self.eps)), m[5])
 
     def cross_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,17 +404,15 @@ class CausalWanModel(nn.Module):
         x = torch.unflatten(self.embed_patches(latents), 1, (-1, rows * columns))
         keys, values = [], []
         for layer, block in enumerate(self.layers):
-            m = block.modulations(e0)
-            q, k, v = block.qkv(x, m, cos, sin)
+            q, k, v = block.qkv(x, e0, cos, sin)
             if fresh is None:
                 keys.append(k)
                 values.append(v)
             else:
                 fresh[0][layer].copy_(k)
                 fresh[1][layer].copy_(v)
-            x = block.add_self(x, attend(layer, q, k, v), m)
-            x = block.add_cross(x, cross_attend(layer, block.cross_query(x), cross_k[layer], cross_v[layer]))
-            x = block.add_ffn(x, m)
+            x, q = block.after_self(x, attend(layer, q, k, v), e0)
+            x = block.after_cross(x, cross_attend(layer, q, cross_k[layer], cross_v[layer]), e0)
         flow = self.unpatch(self.head(x, e), rows, columns)
         made_k, made_v = fresh or (torch.stack(keys), torch.stack(values))
         return flow, made_k, made_v

@@ -109,10 +109,8 @@ class NaiveLoop:
             recent = slice(max(sink, stop - (capacity - sink)), stop)
             seen_k = torch.cat((keys[:, :sink], keys[:, recent]), 1)
             seen_v = torch.cat((values[:, :sink], values[:, recent]), 1)
-            x = block.add_self(x, _attend(q, seen_k, seen_v), m)
-            cross_k, cross_v = self.cross[0][layer], self.cross[1][layer]
-            x = block.add_cross(x, _attend(block.cross_query(x), cross_k, cross_v))
-            x = block.add_ffn(x, m)
+            x, q = block.after_self(x, _attend(q, seen_k, seen_v), e0)
+            x = block.after_cross(x, _attend(q, self.cross[0][layer], self.cross[1][layer]), e0)
         self.cache, self.filled, self.end = cloned, stop, max(end, self.end)
         rows, columns = g.latent_height // g.patch[1], g.latent_width // g.patch[2]
         return model.unpatch(model.head(x, e), rows, columns)

@@ -5,6 +5,7 @@ What a GPU alone can show is in tests/gpu/engine.py.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -23,7 +24,14 @@ import pytest
 import torch
 
 from swiftvideo.export import cuda, restore, torch_engine
-from swiftvideo.export.cuda import COMPILED, CudaEngine, Options, channels_last, compile_blocks
+from swiftvideo.export.cuda import (
+    COMPILED,
+    DECODER_OPTIONS,
+    CudaEngine,
+    Options,
+    channels_last,
+    compile_blocks,
+)
 from swiftvideo.export.lanes import Lane
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.export.torch_engine import TorchEngine
@@ -84,9 +92,8 @@ def test_recorded_latents(path: Path, attention: Any) -> None:
     reference: Any = engine_of(scenario, "torch")
     schedule = _schedule(scenario)
     options = Options(attention=attention)
-    engine = CudaEngine(
-        reference.model, reference.geometry, schedule, device="cpu", options=options, rehearse=True
-    )
+    model = copy.deepcopy(reference.model)
+    engine = CudaEngine(model, reference.geometry, schedule, device="cpu", options=options, rehearse=True)
     ours = replay(scenario, engine).latents
     assert np.abs(ours - scenario.data["latents"]).max() <= TOLERANCE
 
@@ -227,6 +234,13 @@ def test_the_decoder_compiles_as_one_graph() -> None:
             made, ours = compiled(latents[:, start : start + 3], ours)
             assert int((made.int() - expected.int()).abs().max()) <= 1
     dynamo.reset()
+
+
+def test_the_decoders_options_are_inductors() -> None:
+    """torch.compile takes what it knows only, at once."""
+    torch.compile(torch.relu, options=DECODER_OPTIONS)
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        torch.compile(torch.relu, options={"no_such_option": 1})
 
 
 def test_blocks_are_traced_once_and_compute_the_same() -> None:

@@ -30,6 +30,7 @@ from swiftvideo.runtime.positions import time_tables
 from swiftvideo.sdk.limits import Gpu, cpu_limits, gpu_of
 from swiftvideo.sdk.machine import describe
 
+from .convolutions import convolutions
 from .model import HEIGHT, MODEL, WIDTH, Bench
 from .numbers import numbers, passed
 from .record import Record
@@ -55,10 +56,18 @@ ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
     "attention by cuDNN": (Options(attention="cudnn"), ("forward",)),
     "no graph": (Options(graphs=False), ("forward",)),
     "no torch.compile": (Options(compiled=False), ("forward", "decode")),
+    "GELU after its product": (Options(joined_gelu=False), ("forward",)),
     "VAE channels first": (Options(channels_last=False), ("decode",)),
     "reference attention": (Options(graphs=False, kernels=False, attention="kernel"), ("forward",)),
     "nothing": (
-        Options(graphs=False, kernels=False, compiled=False, channels_last=False, attention="kernel"),
+        Options(
+            graphs=False,
+            kernels=False,
+            compiled=False,
+            joined_gelu=False,
+            channels_last=False,
+            attention="kernel",
+        ),
         ("forward", "decode"),
     ),
 }
@@ -121,8 +130,12 @@ def stages(
 
 
 def chosen(engine: CudaEngine) -> dict[str, Any]:
-    """Which attention serves windows of whole frames, and what one of a layer took by either."""
-    return {"chosen": engine.attention, "ms": engine.attention_ms}
+    """Which attention serves windows of whole frames and which one prompts, and what each took in a layer."""
+    return {
+        "chosen": engine.attention,
+        "ms": engine.attention_ms,
+        "prompt": {"chosen": engine.cross_attention, "ms": engine.cross_attention_ms},
+    }
 
 
 def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks: int) -> None:
@@ -261,7 +274,7 @@ def rehearsed() -> Bench:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print all figures as JSON; exit code 2 without a GPU, 1 when a number is wrong or something failed."""
-    sections = ("stages", "video", "profile", "ablations")
+    sections = ("stages", "video", "profile", "ablations", "convolutions")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -305,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "profile", work=lambda: profile(bench, bench.engine(Options(graphs=False)))
         ),
         "ablations": lambda: ablations(bench, engine, record, given.repeats),
+        "convolutions": lambda: convolutions(bench, record, rate, given.repeats),
     }
     for name in sections:
         if (right or given.time_anyway) and (not given.only or name in given.only):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from swiftvideo.export.models.backbone import PRESETS, CausalWanModel, full_attention  # noqa: E402
 from swiftvideo.export.models.vae import StreamingDecoder  # noqa: E402
 
-from . import engine, model  # noqa: E402
+from . import convolutions, engine, model  # noqa: E402
 
 TINY = {"gflop_per_s": 1.0}
 
@@ -46,7 +47,15 @@ def test_the_rehearsal(tmp_path: Path) -> None:
         *(f"switch, {name}: extra ms" for name in engine.SWITCHES),
     }
     assert {"forward, window 12", "forward, window 12, gathering its keys"} < set(made["stages"])
-    assert made["profile"] and made["attention"] == {"chosen": "kernel", "ms": {}}
+    assert made["profile"] and made["attention"] == {
+        "chosen": "kernel",
+        "ms": {},
+        "prompt": {"chosen": "torch", "ms": {}},
+    }
+    shapes = made["convolutions"].pop("shapes")
+    assert set(made["convolutions"]) == set(shapes) and sum(times for *_, times in shapes.values()) > 10
+    for row in made["convolutions"].values():
+        assert row["difference"] < 1e-5 and row["2d_ms"] > 0 and row["3d_share"] > 0
 
 
 @pytest.fixture
@@ -96,6 +105,18 @@ def test_without_limits_there_are_times(program: Any, monkeypatch: pytest.Monkey
     code, made = program()
     assert code == 1 and made["failed"] == ["limits"]
     assert set(made["stages"]["decode"]) == {"ms", "gflop"}
+
+
+def test_the_convolutions_are_those_of_the_decoder() -> None:
+    """At full size they are nine tenths of its work."""
+    with torch.device("meta"):
+        decoder = StreamingDecoder(AutoencoderKLWan())
+    found = convolutions.of_a_chunk(decoder, (1, 3, 16, engine.HEIGHT // 8, engine.WIDTH // 8))
+    flop = sum(
+        2 * times * (x[2] - 2) * x[3] * x[4] * math.prod(weight) for (x, weight), times in found.items()
+    )
+    counted = json.loads(engine.WORK.read_text())["decoding a chunk"]["tflop"]
+    assert 0.9 * counted < flop / 1e12 < counted
 
 
 def test_forwards_are_timed_over_full_caches() -> None:

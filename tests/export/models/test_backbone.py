@@ -72,13 +72,12 @@ def test_every_intermediate_is_the_recorded_one() -> None:
     cos, sin = model.rope(*tables, model.space_rope(4, 4))
     x = patches.unflatten(1, (3, FRAME))
     for layer, block in enumerate(model.layers):
-        m = block.modulations(e0)
-        o = with_window(layer, *block.qkv(x, m, cos, sin))
+        o = with_window(layer, *block.qkv(x, e0, cos, sin))
         golden.close(block.self_attn.output(o), data[f"plain_mid_selfattn{layer}"])
-        x = block.add_self(x, o, m)
-        o = full_attention(block.cross_query(x), cross_k[layer], cross_v[layer])
+        x, q = block.after_self(x, o, e0)
+        o = full_attention(q, cross_k[layer], cross_v[layer])
         golden.close(block.cross_attn.output(o), data[f"plain_mid_crossattn{layer}"])
-        x = block.add_ffn(block.add_cross(x, o), m)
+        x = block.after_cross(x, o, e0)
         golden.close(x.flatten(1, 2), data[f"plain_mid_block{layer}"])
 
 
