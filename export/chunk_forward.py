@@ -45,10 +45,9 @@ class ChunkForward:
         shape = (batch, g.chunk, g.latent_channels, g.latent_height, g.latent_width)
         times = (batch, g.chunk, g.time_pairs)
 
-        def rows(count: int) -> tuple[Tensor, Tensor]:
+        def rows(count: int) -> list[Tensor]:
             size = (g.layers, batch, count, g.heads, g.head_dim)
-            made = torch.zeros(2, *size, dtype=dtype, device=device)
-            return made[0], made[1]
+            return [torch.zeros(size, dtype=dtype, device=device) for _ in range(2)]
 
         with memory_for(f"K and V of a window, batch {batch}, on {device}"):
             self.latents, self.noise, self.x0 = (torch.zeros(shape, device=device) for _ in range(3))

@@ -6,7 +6,7 @@
   the GPU when the engine is made: nothing waits for the table's lengths. Where torch's own attention is faster, it
   serves windows of whole frames.
 - torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, gates. GELU is
-  part of its product (export/linear_gelu.py).
+  part of its product, and K and V are made where they are read (export/fused_blocks.py).
 - The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass.
 - All sessions of an engine share its two streams, and take turns where threads run several (export/lanes.py).
 - What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
@@ -35,16 +35,16 @@ from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
 from swiftvideo.runtime.plugins.split import Split, workspace
 
 from .chunk_forward import ChunkForward
+from .fused_blocks import join_gelu, place_keys
 from .graphs import Denoise
 from .lanes import Lane
-from .linear_gelu import join_gelu
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
 from .models.vae import StreamingDecoder
 from .ops import dynamic_window_attention
 from .torch_engine import TextEncoder, TorchEngine, TorchSession, array
 
-COMPILED = ("qkv", "after_self", "after_cross")
+COMPILED = ("qkv", "qkv_into", "after_self", "after_cross")
 """Methods of a block that torch.compile takes; their shapes are those of a chunk and of recaches."""
 
 DECODER_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 16}
@@ -59,6 +59,7 @@ class Options:
     kernels: bool = True
     compiled: bool = True
     joined_gelu: bool = True
+    placed_keys: bool = True
     channels_last: bool = True
     attention: Literal["fastest", "kernel", "cudnn", "flash"] = "fastest"
     """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here. The prompt is
@@ -121,6 +122,8 @@ class CudaEngine(TorchEngine):
         self._decode: Any = None if decoder is None else decoder.decode
         if self.options.joined_gelu:
             join_gelu(self.model)
+        if self.options.placed_keys:
+            place_keys(self.model)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.benchmark_limit = 4

@@ -221,11 +221,20 @@ class Block(nn.Module):
         x [B,F,P,D]; e0 [B,F,6,D] from `CausalWanModel.time_embed`; cos, sin [B,F*P,1,d/2].
         """
         m = self.modulations(e0)
-        y = _modulated(x, m[0], m[1], self.eps).flatten(1, 2)
+        y = modulated(x, m[0], m[1], self.eps).flatten(1, 2)
         attention = self.self_attn
         q = rotate(attention.query(y), cos, sin, x.dtype)
         k = rotate(attention.key(y), cos, sin, x.dtype)
         return q, k, attention.value(y)
+
+    def qkv_into(
+        self, x: Tensor, e0: Tensor, cos: Tensor, sin: Tensor, k_out: Tensor, v_out: Tensor
+    ) -> Tensor:
+        """`qkv` with k and v written into k_out and v_out [B,F*P,n,d]; returns q. An engine may put its own here."""
+        q, k, v = self.qkv(x, e0, cos, sin)
+        k_out.copy_(k)
+        v_out.copy_(v)
+        return q
 
     def after_self(self, x: Tensor, o: Tensor, e0: Tensor) -> tuple[Tensor, Tensor]:
         """x [B,F,P,D] plus the gated self-attention o [B,F*P,n,d]; queries of the cross-attention, shaped as o."""
@@ -238,14 +247,14 @@ class Block(nn.Module):
         """x [B,F,P,D] plus the cross-attention o [B,F*P,n,d], which has no gate; then the gated feed-forward."""
         m = self.modulations(e0)
         x = x + torch.unflatten(self.cross_attn.output(o), 1, (-1, x.shape[2]))
-        return _gated(x, self.ffn(_modulated(x, m[3], m[4], self.eps)), m[5])
+        return _gated(x, self.ffn(modulated(x, m[3], m[4], self.eps)), m[5])
 
     def cross_kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt: context [B,T,D] -> [B,T,n,d] each, in its dtype."""
         return self.cross_attn.key(context).to(context.dtype), self.cross_attn.value(context)
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LN(x)(1+scale)+shift in float32, cast back: x [B,F,P,D], shift and scale [B,F,1,D]."""
     return (functional.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
@@ -267,7 +276,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B,F,P,D], e [B,F,D] -> tokens [B,F,P,ph*pw*C]."""
         shift, scale = (self.modulation.float() + e.float().unsqueeze(2)).unsqueeze(3).unbind(2)
-        tokens: Tensor = self.head(_modulated(x, shift, scale, self.eps))
+        tokens: Tensor = self.head(modulated(x, shift, scale, self.eps))
         return tokens
 
 
@@ -404,13 +413,13 @@ class CausalWanModel(nn.Module):
         x = torch.unflatten(self.embed_patches(latents), 1, (-1, rows * columns))
         keys, values = [], []
         for layer, block in enumerate(self.layers):
-            q, k, v = block.qkv(x, e0, cos, sin)
             if fresh is None:
+                q, k, v = block.qkv(x, e0, cos, sin)
                 keys.append(k)
                 values.append(v)
             else:
-                fresh[0][layer].copy_(k)
-                fresh[1][layer].copy_(v)
+                k, v = fresh[0][layer], fresh[1][layer]
+                q = block.qkv_into(x, e0, cos, sin, k, v)
             x, q = block.after_self(x, attend(layer, q, k, v), e0)
             x = block.after_cross(x, cross_attend(layer, q, cross_k[layer], cross_v[layer]), e0)
         flow = self.unpatch(self.head(x, e), rows, columns)

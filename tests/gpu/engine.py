@@ -57,6 +57,7 @@ ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
     "no graph": (Options(graphs=False), ("forward",)),
     "no torch.compile": (Options(compiled=False), ("forward", "decode")),
     "GELU after its product": (Options(joined_gelu=False), ("forward",)),
+    "K and V copied to their places": (Options(placed_keys=False), ("forward",)),
     "VAE channels first": (Options(channels_last=False), ("decode",)),
     "reference attention": (Options(graphs=False, kernels=False, attention="kernel"), ("forward",)),
     "nothing": (
@@ -65,6 +66,7 @@ ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
             kernels=False,
             compiled=False,
             joined_gelu=False,
+            placed_keys=False,
             channels_last=False,
             attention="kernel",
         ),
