@@ -39,8 +39,11 @@ demo: $(VENV)/.core
 		--at 8s --prompt "a blue triangle bouncing at dawn" \
 		--out out/demo.mp4 --contact-sheet out/demo.png
 
+# One process for every core, four at most; modules stay whole. Without -n, as `.venv/bin/pytest`, it is one process.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # A venv with the wheel and, through a .pth file, the third-party packages of the first one; not its editable install.
 test-wheel: $(VENV)/.dev
@@ -50,7 +53,7 @@ test-wheel: $(VENV)/.dev
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	build/wheel-venv/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
-	SWIFTVIDEO_INSTALLED=build/wheel-venv build/wheel-venv/bin/python -m pytest $(ARGS)
+	SWIFTVIDEO_INSTALLED=build/wheel-venv build/wheel-venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # The lowest versions of what the package itself needs; torch and the service are not part of it.
 LOWEST := build/lowest/bin/python -m

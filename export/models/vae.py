@@ -211,8 +211,8 @@ class _Pass:
             else:
                 y = self.convolve(module.time_conv, x)  # [B,2C,F,...]: the halves are the even and odd frames
                 x = torch.stack(y.chunk(2, dim=1), dim=3).flatten(2, 3)
-        frames = x.transpose(1, 2)
-        scaled = doubled(frames.flatten(0, 1), *module.resample[1].parameters())
+        frames, conv = x.transpose(1, 2), module.resample[1]
+        scaled = doubled(frames.flatten(0, 1), conv.weight, conv.bias)
         return torch.unflatten(scaled, 0, (frames.shape[0], -1)).transpose(1, 2)
 
 
@@ -224,12 +224,9 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     channels, with 4/9 of the multiplications; nothing repeated is written.
     """
     height, width = x.shape[2:]
-    kinds = (
-        _pairs(_pairs(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)
-    )  # columns, then rows, then O
-    y = functional.conv2d(x, kinds, bias.repeat(4), padding=1).permute(
-        0, 2, 3, 1
-    )  # channels stay last in memory
+    kinds = _pairs(_pairs(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)  # channels: column, row, O
+    y = functional.conv2d(x, kinds, bias.repeat(4), padding=1)
+    y = y.permute(0, 2, 3, 1)  # on a GPU, as they lie in memory
     parts = [
         part[:, row : row + height, column : column + width]
         for (column, row), part in zip(product((0, 1), (0, 1)), y.chunk(4, dim=3), strict=True)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import GOLDEN_LATENTS
+
 from .engines import NAMES, TOLERANCE, engine_of
 from .replay import Trace, replay
 from .scenario import FOLDER, SCENARIOS, Scenario
@@ -46,7 +48,7 @@ def test_latents(path: Path, engine: str, request: pytest.FixtureRequest) -> Non
     ours, theirs = trace_of(path, engine).latents, scenario_of(path).data["latents"]
     if ours.shape == theirs.shape:
         error = float(np.abs(ours - theirs).max())
-        request.node.user_properties.append(("golden_latents", (engine, path.stem, error)))
+        request.node.user_properties.append((GOLDEN_LATENTS, (engine, path.stem, error)))
     close(ours, theirs, "latents")
 
 

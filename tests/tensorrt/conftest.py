@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from swiftvideo.runtime.plugins.flavours import RTX
+from tests.conftest import made_once
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="exporting needs torch: pip install 'swiftvideo[export]'")
     from .bundles import export_small
 
-    return export_small(tmp_path_factory.mktemp("exported") / "bundle")
+    return made_once(tmp_path_factory, "exported", export_small)
 
 
 @pytest.fixture
