@@ -72,6 +72,10 @@ def export_bundle(
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
+    if policy is not None and not isinstance(policy, PolicySettings):
+        raise SettingsError(
+            f"policy is {policy!r}: give PolicySettings(...), or None for the checkpoint's own"
+        )
     geometry = checkpoint.geometry(height, width)
     schedule = checkpoint.schedule
     info = checkpoint.info if policy is None else dataclasses.replace(checkpoint.info, policy=policy)

@@ -159,7 +159,9 @@ def test_a_full_disk_is_said_with_its_place(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("bad", [{"dtype": "int8"}, {"height": 9}, {"width": 2, "height": 8}])
+@pytest.mark.parametrize(
+    "bad", [{"dtype": "int8"}, {"height": 9}, {"width": 2, "height": 8}, {"policy": "swift"}]
+)
 def test_wrong_settings(stub: Stub, tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         export_bundle(small.checkpoint(), tmp_path / "b", **bad)
