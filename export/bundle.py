@@ -32,7 +32,7 @@ from swiftvideo.runtime.manifest import (
 
 from .checkpoint import Checkpoint
 from .checkpoint_files import check_finite
-from .destination import check_destination, put_in_place, writing
+from .destination import check_destination, folders_above, put_in_place, writing
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
@@ -166,8 +166,7 @@ def _write(
     progress: Progress | None,
 ) -> Manifest:
     place = check_destination(out, overwrite)
-    with writing(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with writing(place), folders_above(place):
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         try:
             done = _fill(work, graphs, progress)

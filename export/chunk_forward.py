@@ -25,7 +25,6 @@ from swiftvideo.runtime.engine import Float32, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError
 
 from .library_attention import faster, library_attention, passing
-from .models.backbone import full_attention
 from .torch_engine import copy_rows, memory_for
 
 if TYPE_CHECKING:
@@ -59,12 +58,9 @@ class ChunkForward:
         self.fresh = self.keys[:, :, g.rows :], self.values[:, :, g.rows :]
         self.module = copy.copy(engine.denoising)
         self.module.attention = self._attention  # type: ignore[method-assign]
-        self.module.cross_attention = self._cross_attention  # type: ignore[method-assign]
         self.module.fresh = self.fresh
         self.library: str | None = None
         """Which of torch's attentions serves windows of whole frames; None: the kernel serves all."""
-        self.cross_library: str | None = None
-        """Which one attends to the prompt; None: torch's own choice."""
         self._graphs: dict[int, Callable[[], None]] = {}
         self._serving: tuple[int, str | None] = (0, None)
         self._closed = False
@@ -118,8 +114,7 @@ class ChunkForward:
     def close(self) -> None:
         """Give back what graphs and buffers hold; the attention refers back to this."""
         self._closed, self._graphs = True, {}
-        for name in ("attention", "cross_attention"):
-            self.module.__dict__.pop(name, None)
+        self.module.__dict__.pop("attention", None)
 
     def _release(self, session: CudaSession) -> None:
         """Another session's K and V that it has not committed yet become its own."""
@@ -157,10 +152,7 @@ class ChunkForward:
         if wanted == "fastest" and (engine.device.type != "cuda" or engine.model.dtype is torch.float32):
             wanted = "kernel"  # there is no choice: torch's take no float32
         try:
-            if wanted == "fastest":
-                library, self.cross_library = self._fastest(), self._fastest_cross()
-            else:
-                library = self.cross_library = None if wanted == "kernel" else wanted
+            library = self._fastest() if wanted == "fastest" else None if wanted == "kernel" else wanted
             graphs = {0: self._ready(0, None, pool, runs=3)}
             if library is not None:
                 graphs |= self._of_windows(library, pool)
@@ -199,19 +191,15 @@ class ChunkForward:
         return self.engine.lane.capture(forward, pool, runs) if self.engine.options.graphs else forward
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        """Attention over the block. Its fresh rows are there already, `k` and `v` once more."""
+        """Attention over the block, whose last rows `k` and `v` are."""
         shown, library = self._serving
-        if library is None:
-            return self.engine.attend(q, k, v, *rest)
+        if (
+            library is None
+        ):  # no table reaches beyond the block: what lies there is never read, q stands for it
+            return self.engine.attend(q, q, q, *rest)
         layer, end = int(rest[3]), self.keys.shape[2]
         k, v = (block[layer, :, end - shown :] for block in (self.keys, self.values))
         return library_attention(library, q, k, v, rest[4])
-
-    def _cross_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`Attend` over the prompt."""
-        if self.cross_library is None:
-            return full_attention(q, k, v)
-        return library_attention(self.cross_library, q, k, v, q.shape[-1] ** -0.5)
 
     def _show(self, count: int) -> None:
         """A table of the block's last rows."""
@@ -238,23 +226,6 @@ class ChunkForward:
             return work
 
         return faster(engine.lane, engine.attention_ms, "kernel", by(None), by)
-
-    def _fastest_cross(self) -> str | None:
-        """The same over a prompt, where torch chooses by rules unless it is told."""
-        g, engine = self.engine.geometry, self.engine
-        q, k, v = (
-            torch.randn(self.batch, count, g.heads, g.head_dim, device=engine.device).to(engine.model.dtype)
-            for count in (self.queries, g.text_len, g.text_len)
-        )
-
-        def by(library: str | None) -> Callable[[], object]:
-            def work() -> None:
-                self.cross_library = library
-                self._cross_attention(0, q, k, v)
-
-            return work
-
-        return faster(engine.lane, engine.cross_attention_ms, "torch", by(None), by)
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> Rows:

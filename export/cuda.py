@@ -12,7 +12,7 @@
 - What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
   made are waited for.
 
-Each is an option, so that each can be measured (tests/gpu/engine.py). With `rehearse` the same code runs on the CPU,
+What is an option can be measured (tests/gpu/engine.py). With `rehearse` the same code runs on the CPU,
 with plain calls in the place of graphs and the torch reference in the place of kernels.
 """
 
@@ -62,8 +62,7 @@ class Options:
     placed_keys: bool = True
     channels_last: bool = True
     attention: Literal["fastest", "kernel", "cudnn", "flash"] = "fastest"
-    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here. The prompt is
-    for one of torch's as well; with "kernel", for the one that torch chooses."""
+    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here."""
 
     def __post_init__(self) -> None:
         if self.graphs and not self.kernels:
@@ -117,8 +116,6 @@ class CudaEngine(TorchEngine):
         self.forwards: dict[int, ChunkForward] = {}
         self.attention_ms: dict[str, float | str] = {}
         """Milliseconds of each attention over the whole window, where that was measured; why one of torch's was not."""
-        self.cross_attention_ms: dict[str, float | str] = {}
-        """Likewise over the prompt; "torch" is what torch itself chooses."""
         self._decode: Any = None if decoder is None else decoder.decode
         if self.options.joined_gelu:
             join_gelu(self.model)
@@ -189,12 +186,6 @@ class CudaEngine(TorchEngine):
     def attention(self) -> str | None:
         """What attends over windows of whole frames: "kernel", "cudnn", "flash"; None before any chunk."""
         chosen = sorted({f.library or "kernel" for f in self.forwards.values() if f.prepared})
-        return ", ".join(chosen) or None
-
-    @property
-    def cross_attention(self) -> str | None:
-        """What attends to the prompt: "torch" for its own choice, "cudnn", "flash"; None before any chunk."""
-        chosen = sorted({f.cross_library or "torch" for f in self.forwards.values() if f.prepared})
         return ", ".join(chosen) or None
 
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:

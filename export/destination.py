@@ -121,6 +121,21 @@ def put_in_place(work: Path, place: Path) -> None:
 
 
 @contextmanager
+def folders_above(place: Path) -> Iterator[None]:
+    """The folders that `place` needs above it; those that are made here go where what is inside fails."""
+    missing = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            if any(folder.iterdir()):  # somebody else's
+                break
+            folder.rmdir()
+        raise
+
+
+@contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Turn what the operating system refuses inside into BundleWriteError naming the place."""
     try:

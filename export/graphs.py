@@ -30,7 +30,7 @@ from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
 from swiftvideo.runtime.geometry import Geometry
 
 from . import onnx_ops, weights
-from .models.backbone import CausalWanModel, attend_all
+from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
@@ -142,7 +142,6 @@ class Denoise(nn.Module):
             cross_k,
             cross_v,
             attend=attend,
-            cross_attend=self.cross_attention,
             space=(self.space_cos, self.space_sin),
             fresh=self.fresh,
         )
@@ -153,10 +152,6 @@ class Denoise(nn.Module):
     def attention(self, *arguments: Any) -> Tensor:
         """`onnx_ops.window_attention`; an engine may put its own in this place."""
         return onnx_ops.window_attention(*arguments)
-
-    def cross_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend_all`; likewise."""
-        return attend_all(layer, q, k, v)
 
 
 class Condition(nn.Module):

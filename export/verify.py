@@ -187,6 +187,7 @@ def verify_bundle(
     record of its weights, SettingsError where checkpoint and bundle are of different sizes or a graph is not there.
     """
     manifest = Manifest.load(folder)
+    manifest.check_sizes()
     weights = "the bundle's own" if checkpoint is None else checkpoint.kind
     report = Report(str(folder), weights)
     for engine, opening in ENGINES.items():

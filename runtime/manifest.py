@@ -200,6 +200,14 @@ class Manifest:
         lines = (f"{name} {entry.sha256}\n" for name, entry in own)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    def check_sizes(self) -> None:
+        """See that every listed file is there with its size, without reading any.
+
+        Raises BundleMissingError, BundleIntegrityError.
+        """
+        for name in self.files:
+            self._locate(name)
+
     def verify_all(self) -> None:
         """Hash every listed file without keeping it. Raises as `read_file`."""
         for name in self.files:

@@ -33,7 +33,10 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
     """
     manifest = Manifest.load(EMBEDDED if path is None else path)
     if engine not in ("auto", "onnxruntime", "tensorrt"):
-        raise SettingsError(f"engine is {engine!r}: use 'auto', 'onnxruntime' or 'tensorrt'")
+        raise SettingsError(
+            f"engine is {engine!r}: use 'auto', 'onnxruntime' or 'tensorrt'; what opens a bundle with torch is "
+            "swiftvideo.export.restore.open_torch"
+        )
     if engine == "tensorrt" or (engine == "auto" and manifest.plans):
         from .engines.tensorrt import TensorRTEngine, runs
 

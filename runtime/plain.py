@@ -96,4 +96,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise PlainError(f"{where} is {value!r}, which is no {hint}")
+    raise PlainError(f"{where} is {value!r}, which is no {getattr(hint, '__name__', hint)}")

@@ -22,8 +22,10 @@ def is_loopback(host: str) -> bool:
 
 def check_target(target: str) -> None:
     """Raise SettingsError for a server's address that gRPC would take for another one, or say nothing useful of."""
-    if not target.strip():
-        raise SettingsError("the server's address is empty: give HOST:PORT, such as localhost:50051")
+    if not isinstance(target, str) or not target.strip():
+        raise SettingsError(
+            f"the server's address is {target!r}: give HOST:PORT, such as localhost:50051, as a text"
+        )
     scheme, found, _ = target.partition("://")
     if found and scheme.lower() in ("http", "https", "grpc", "grpcs"):
         raise SettingsError(
@@ -33,6 +35,8 @@ def check_target(target: str) -> None:
     for name in _names(target):
         host = _host(name)
         port = name[len(host) :].removeprefix(":")
+        if not port and name == target:  # gRPC would take 443; who writes dns:///HOST knows
+            raise SettingsError(f"{name!r} has no port: give HOST:PORT, such as localhost:50051")
         if port and not (port.isascii() and port.isdigit() and 0 < int(port) <= 65535):
             raise SettingsError(f"the port of {name!r} is {port!r}: use 1 to 65535")
 

@@ -16,7 +16,10 @@ _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def show(folder: str | Path, console: Console) -> None:
-    """Print the manifest at `folder`: the model, its sizes, its policy, its files. Raises BundleError."""
+    """Print the manifest at `folder`: the model, its sizes, its policy, its files.
+
+    Raises BundleError, also after printing, where a file is missing or has another size.
+    """
     manifest = Manifest.load(folder)
     g, policy = manifest.geometry, manifest.policy
     cache = 2 * g.layers * g.rows * g.dim * _BYTES[manifest.dtype]
@@ -47,6 +50,7 @@ def show(folder: str | Path, console: Console) -> None:
         files.add_row(Text(name), _size(entry.size), entry.sha256[:16])
     console.print(files)
     show_plans(manifest, console)
+    manifest.check_sizes()
 
 
 def _size(count: float) -> str:

@@ -44,7 +44,9 @@ def check_seconds(name: str, value: float | None) -> None:
 
 def check_text(name: str, text: object) -> None:
     """Raises SettingsError where a text is longer than the protocol has it: gRPC would end the call for some."""
-    size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
+    if not isinstance(text, str):
+        raise SettingsError(f"the {name} is {text!r:.60}: give a text")
+    size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_TEXT:
         raise SettingsError(f"the {name} has {size} bytes: use at most {MAX_TEXT}")
 
@@ -68,6 +70,11 @@ def start_of(
         if policy not in kinds:
             raise SettingsError(f"policy is {policy!r}: use one of {', '.join(kinds)}")
         policy = pb.PolicySettings(kind=pb.PolicyKind.Name(kinds[policy]))
+    if policy is not None and not isinstance(policy, pb.PolicySettings):
+        raise SettingsError(
+            f"policy is a {type(policy).__module__}.{type(policy).__name__}: give the name of one, or a PolicySettings "
+            "of swiftvideo.v1.generation_pb2"
+        )
     check_seconds("linger", linger)
     check_text("prompt", prompt)
     return filled(

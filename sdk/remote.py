@@ -1,7 +1,7 @@
 """What both clients share: errors, chunks, and the state that lets a broken call go on. Needs grpcio and protobuf only.
 
 ServiceError                a call failed (a SwiftVideoError); `code` is the gRPC status
-├── RefusedError            the request is wrong (also a ValueError)
+├── RefusedError            the request is wrong (also a UsageError)
 ├── AuthenticationError     no token, an unknown or expired one, or one for another role
 ├── BusyError               no room: `retry_after` seconds say when to ask again
 ├── UnavailableError        no server, or one that shuts down
@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
+from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .messages import EncodingName, check_text, filled
@@ -44,7 +44,7 @@ class ServiceError(SwiftVideoError):
         """Seconds after which the server suggests to try again, or None."""
 
 
-class RefusedError(ServiceError, ValueError):
+class RefusedError(ServiceError, UsageError):
     """The request is wrong."""
 
 
@@ -164,7 +164,7 @@ class RemoteChunk:
     rho: float | None
     """Strength of that switch, 0 to 1, or None."""
     timings: dict[str, float]
-    """Milliseconds: queue, engine, encode, and the engine's stages."""
+    """Seconds: queue, engine, encode, and the engine's stages."""
 
     @property
     def frames(self) -> memoryview:
@@ -340,9 +340,9 @@ class VideoState:
             mode=chunk.mode,
             rho=rho,
             timings={
-                "queue": timings.queue_ms,
-                "engine": timings.engine_ms,
-                "encode": timings.encode_ms,
-                **timings.stages_ms,
+                "queue": timings.queue_ms / 1000,
+                "engine": timings.engine_ms / 1000,
+                "encode": timings.encode_ms / 1000,
+                **{stage: took / 1000 for stage, took in timings.stages_ms.items()},
             },
         )

@@ -111,8 +111,8 @@ class VideoWriter:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         return stream
 
-    def write(self, frames: Frames) -> None:
-        """Append frames, uint8 [n,H,W,3].
+    def write(self, frames: Frames | memoryview) -> None:
+        """Append frames, uint8 [n,H,W,3], as a chunk of either kind has them.
 
         Raises:
             SettingsError: another shape or dtype.
@@ -121,6 +121,7 @@ class VideoWriter:
         """
         if self._closed:
             raise ClosedError(f"{str(self.path)!r} was closed: open another VideoWriter")
+        frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3):
             raise SettingsError(
                 f"frames are {frames.dtype} {list(frames.shape)}: uint8 [n, {self.height}, {self.width}, 3] is needed"

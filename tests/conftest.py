@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     base.mkdir(exist_ok=True)
     with FileLock(base / "lock"):
         if not (base / "made").exists():
+            shutil.rmtree(base / "bundle", ignore_errors=True)  # of a process that failed
             make(base / "bundle")
             (base / "made").touch()
     return base / "bundle"

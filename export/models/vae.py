@@ -224,7 +224,8 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     channels, with 4/9 of the multiplications; nothing repeated is written.
     """
     height, width = x.shape[2:]
-    kinds = _pairs(_pairs(weight.float(), -2), -1).flatten(0, 2).to(weight.dtype)  # channels: column, row, O
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    kinds = _pairs(_pairs(exact, -2), -1).flatten(0, 2).to(weight.dtype)  # channels: column, row, O
     y = functional.conv2d(x, kinds, bias.repeat(4), padding=1)
     y = y.permute(0, 2, 3, 1)  # on a GPU, as they lie in memory
     parts = [

@@ -53,8 +53,9 @@ class OnnxRuntimeEngine:
     def __init__(self, manifest: Manifest, threads: int | None = None) -> None:
         if manifest.dtype not in DTYPES:
             raise EngineUnavailableError(
-                f"the bundle is {manifest.dtype}, which ONNX Runtime does not compute on a CPU: "
-                "use --engine torch, the TensorRT engine on a GPU, or export it with --dtype fp32"
+                f"the bundle is {manifest.dtype}, which ONNX Runtime does not compute on a CPU: use the torch engine "
+                "(swiftvideo.export.restore.open_torch, or --engine torch), the TensorRT engine on a GPU, or export it "
+                "with --dtype fp32"
             )
         most = MOST_THREADS * usable_cores()
         if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= most):

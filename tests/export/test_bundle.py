@@ -102,8 +102,8 @@ def test_a_failure_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(bundle, "export_graph", Stub("inject", error))
     with pytest.raises(type(error)):
-        export_bundle(small.checkpoint(), tmp_path / "deep" / "b")
-    assert list((tmp_path / "deep").iterdir()) == []
+        export_bundle(small.checkpoint(), tmp_path / "new" / "deep" / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_keeps_the_bundle_that_was_there(

@@ -250,9 +250,8 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize("over", ["window", "prompt"])
 @pytest.mark.parametrize("name", TIMES)
-def test_the_fastest_attention_is_taken(name: str, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_attention_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     times, chosen = TIMES[name]
     _, engine = engines()
     engine.open()
@@ -271,16 +270,11 @@ def test_the_fastest_attention_is_taken(name: str, over: str, monkeypatch: pytes
 
     monkeypatch.setattr(chunk_forward, "library_attention", library)
     monkeypatch.setattr(engine.lane, "milliseconds", milliseconds)
-    chunk, g = engine.forwards[1], engine.geometry
-    if over == "window":
-        assert chunk._fastest() == chosen
-        keys, said, usual = g.window * g.frame_tokens, engine.attention_ms, "kernel"
-    else:
-        assert chunk._fastest_cross() == chosen
-        keys, said, usual = g.text_len, engine.cross_attention_ms, "torch"
-    assert seen == [("cudnn", keys), ("flash", keys)]
-    expected = [str(t) if isinstance(t, RuntimeError) else t for t in times]
-    assert list(said.items()) == list(zip((usual, "cudnn", "flash"), expected, strict=True))
+    assert engine.forwards[1]._fastest() == chosen
+    window = engine.geometry.window * engine.geometry.frame_tokens
+    assert seen == [("cudnn", window), ("flash", window)]
+    said = [str(t) if isinstance(t, RuntimeError) else t for t in times]
+    assert list(engine.attention_ms.items()) == list(zip(("kernel", "cudnn", "flash"), said, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -304,8 +298,6 @@ def test_a_window_that_torch_refuses_leaves_the_kernel(wanted: Any, monkeypatch:
     rollout, calls = switching(engine, PolicySettings()), []
 
     def library(name: str, q: Any, k: Any, *_: Any) -> Any:
-        if k.shape[1] == engine.geometry.text_len:
-            return q
         calls.append(k.shape[1])
         if k.shape[1] > 2 * q.shape[1]:
             raise RuntimeError("cuDNN Frontend error: no plan")
@@ -319,7 +311,6 @@ def test_a_window_that_torch_refuses_leaves_the_kernel(wanted: Any, monkeypatch:
                 rollout.advance()
         return
     monkeypatch.setattr(engine.forwards[1], "_fastest", lambda: "cudnn")
-    monkeypatch.setattr(engine.forwards[1], "_fastest_cross", lambda: None)
     monkeypatch.setattr(engine, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(engine, "model", SimpleNamespace(dtype=torch.bfloat16))
     engine.forwards[1]._prepare()
@@ -394,23 +385,3 @@ def test_a_closed_engine_is_freed_at_once() -> None:
         assert forward() is None and model() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize(("attention", "library"), [("kernel", None), ("cudnn", "cudnn"), ("flash", "flash")])
-def test_what_attends_to_the_prompt(
-    attention: Any, library: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, engine = engines(options=Options(attention=attention))
-    original, used = chunk_forward.library_attention, []
-
-    def recorded(name: str, q: Any, k: Any, *rest: Any) -> Any:
-        used.extend([name] * (k.shape[1] == engine.geometry.text_len))
-        return original(name, q, k, *rest)
-
-    monkeypatch.setattr(chunk_forward, "library_attention", recorded)
-    rollout = switching(engine, PolicySettings())
-    assert engine.cross_attention is None
-    rollout.advance()
-    assert engine.cross_attention == (library or "torch")
-    assert len(used) >= engine.geometry.layers * bool(library) and set(used) == {library} - {None}
-    rollout.close()

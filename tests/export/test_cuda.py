@@ -32,7 +32,7 @@ from swiftvideo.export.cuda import (
     channels_last,
     compile_blocks,
 )
-from swiftvideo.export.fused_blocks import join_gelu, place_keys
+from swiftvideo.export.fused_blocks import LinearGelu, join_gelu, place_keys, qkv_into
 from swiftvideo.export.lanes import Lane
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.export.torch_engine import TorchEngine
@@ -235,6 +235,14 @@ def test_the_decoder_compiles_as_one_graph() -> None:
             made, ours = compiled(latents[:, start : start + 3], ours)
             assert int((made.int() - expected.int()).abs().max()) <= 1
     dynamo.reset()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_blocks_are_what_the_options_say(wanted: bool) -> None:
+    _, engine = engines(options=Options(joined_gelu=wanted, placed_keys=wanted))
+    for block in engine.model.layers:
+        assert isinstance(block.ffn[0], LinearGelu) is wanted
+        assert (block.qkv_into.__func__ is qkv_into) is wanted
 
 
 def test_the_decoders_options_are_inductors() -> None:

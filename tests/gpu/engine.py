@@ -132,12 +132,8 @@ def stages(
 
 
 def chosen(engine: CudaEngine) -> dict[str, Any]:
-    """Which attention serves windows of whole frames and which one prompts, and what each took in a layer."""
-    return {
-        "chosen": engine.attention,
-        "ms": engine.attention_ms,
-        "prompt": {"chosen": engine.cross_attention, "ms": engine.cross_attention_ms},
-    }
+    """Which attention serves windows of whole frames, and what one of a layer took by either."""
+    return {"chosen": engine.attention, "ms": engine.attention_ms}
 
 
 def video(bench: Bench, engine: Callable[[], CudaEngine], record: Record, chunks: int) -> None:

@@ -306,13 +306,33 @@ def test_inspect_shows_names_as_they_are(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    folder = tmp_path / "[red]x"
-    folder.mkdir()
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "[red]x"))
     data = json.loads((tiny_bundle / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**data, "model": "toy[bold] of [/] all"}))
     result = run("inspect", folder)
     assert "toy[bold] of [/] all" in result.stdout
     assert "[red]x" in "".join(result.stdout.split()), "however the path is wrapped"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Path.unlink, "is listed in the manifest and not there"),
+        (lambda path: path.write_bytes(b"short"), "does not have the"),
+    ],
+)
+def test_inspect_of_a_bundle_that_is_not_whole(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Any,
+    said: str,
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
+    change(folder / "onnx" / "decode.onnx")
+    code, text = failed(capfd, monkeypatch, "inspect", folder)
+    assert code == 1 and text.startswith(f"swiftvideo: {folder / 'onnx' / 'decode.onnx'} {said}")
 
 
 def test_inspect_of_nothing_is_an_error(

@@ -23,6 +23,7 @@ import pytest
 from typer.testing import CliRunner
 
 from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
+from swiftvideo.runtime.geometry import PolicySettings
 from swiftvideo.sdk import aio, cli, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
@@ -34,12 +35,13 @@ NODE = Path(__file__).parent / "node"
 
 
 def test_frames_are_those_of_the_runtime_and_prompts_take_over(server: ServerProcess, pipeline: Any) -> None:
-    made, modes = [], {}
+    made, modes, begin, took = [], {}, time.monotonic(), 0.0
     with Client(server.address) as client, client.generate("w1 w2", seed=7) as video:
         for chunk in video:
             frames = np.asarray(chunk.frames)
             assert frames.dtype == np.uint8 and frames.shape[1:] == (chunk.height, chunk.width, 3)
             made.append(frames.tobytes())
+            took += chunk.timings["engine"]
             if chunk.index == 2:
                 id = video.prompt("w8 w9")
             if chunk.mode:
@@ -48,6 +50,7 @@ def test_frames_are_those_of_the_runtime_and_prompts_take_over(server: ServerPro
                 break
         assert video.state.applied[id] > 2 and set(modes) == {id} and 0 <= modes[id][1] <= 1
         assert {"queue", "engine", "encode", "denoise", "decode"} <= set(chunk.timings)
+        assert 0 < took < time.monotonic() - begin, "seconds"
         prompts = list(heard(video.state).values())
     assert made == reference(pipeline, 7, 10, prompts)
     with pytest.raises(ClosedError):
@@ -120,6 +123,11 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
     [
         ({"encoding": "png"}, "encoding is 'png'"),
         ({"policy": "x"}, "policy is 'x'"),
+        (
+            {"policy": PolicySettings()},
+            r"policy is a swiftvideo\.runtime\.geometry\.PolicySettings: give the name of one",
+        ),
+        ({"prompt": None}, "the prompt is None: give a text"),
         ({"seed": -1}, "start: seed is -1"),
         ({"chunks": 1.5}, r"start: chunks is 1\.5"),
         ({"prompt": "w1 \ud800"}, r"prompt is 'w1 \\ud800'"),
@@ -267,6 +275,9 @@ def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: 
         [*command, "--prompt", "nonsense", "--at", "4s"], capture_output=True, text=True, check=False
     )
     assert refused.returncode == 2 and "nonsense" in refused.stderr and "Traceback" not in refused.stderr
+    first = [*command[: command.index("--prompt")], "--prompt", "nonsense"]
+    refused = subprocess.run(first, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "nonsense" in json.loads(refused.stdout)["error"]["message"]
     late = subprocess.run(
         [*command, "--prompt", "w5", "--at", "5.9s"], capture_output=True, text=True, check=False
     )

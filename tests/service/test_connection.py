@@ -154,7 +154,10 @@ def test_settings_that_cannot_be_are_refused_and_tokens_not_shown(
 @pytest.mark.parametrize(
     ("address", "text"),
     [
-        ("", "address is empty: give HOST:PORT"),
+        ("", "address is '': give HOST:PORT"),
+        (None, "address is None: give HOST:PORT"),
+        ("localhost", "'localhost' has no port: give HOST:PORT"),  # gRPC takes 443
+        ("::1", "'::1' has no port"),
         ("http://localhost:50051", "give HOST:PORT alone"),
         ("HTTPS://example.org", "give HOST:PORT alone"),
         ("localhost:99999", "port of 'localhost:99999' is '99999': use 1 to 65535"),  # gRPC takes 34463
@@ -173,10 +176,10 @@ def test_addresses_that_are_none_are_refused(make: Any, address: str, text: str)
 @pytest.mark.parametrize(
     "address",
     [
-        "localhost",
         "localhost:1",
         "[::1]:65535",
-        "::1",
+        "dns:///example.org",
+        "dns://[2001:db8::1]/host",
         "unix:/run/x:99999",
         "dns://8.8.8.8/host",
         "ipv6:[::1]:9",
