@@ -9,13 +9,13 @@ Nothing but a bundle is ever replaced, and the old one is deleted only when the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def put_in_place(work: Path, place: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def folders_above(place: Path) -> Iterator[None]:
     """The folders that `place` needs above it; those that are made here go where what is inside fails."""
     missing = [folder for folder in place.parents if not folder.exists()]
@@ -128,14 +128,13 @@ def folders_above(place: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for folder in missing:
-            if any(folder.iterdir()):  # somebody else's
-                break
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's files are in one
+            for folder in missing:
+                folder.rmdir()
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Turn what the operating system refuses inside into BundleWriteError naming the place."""
     try:

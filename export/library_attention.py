@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .lanes import Lane
-
-TRIALS = 10
-"""Runs of each attention that are timed to find the faster."""
-MARGIN = 0.95
-"""Of the time that one has to beat, what torch's must stay below: the choice should not hang on noise."""
-
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q [B,n,N,d], k [B,n,K,d], v [B,n,K,d], scale) -> [B,n,N,d]."""
-Work = Callable[[], object]
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -53,24 +45,3 @@ def library_attention(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) 
 def passing(error: RuntimeError) -> bool:
     """Whether an attention that is missing or refuses raised it; not memory that is, or a GPU that failed."""
     return not isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-
-
-def faster(
-    lane: Lane, times: dict[str, float | str], name: str, usual: Work, by: Callable[[str], Work]
-) -> str | None:
-    """The attention of `LIBRARY` that takes clearly less time than `usual`, if there is one.
-
-    name: what `usual` is called. by(NAME): the same work with torch's NAME. times: gets the milliseconds of each, or
-    why there are none.
-    """
-    limit = times[name] = lane.milliseconds(usual, TRIALS)
-    found = {}
-    for other in LIBRARY:
-        try:
-            found[other] = times[other] = lane.milliseconds(by(other), TRIALS)
-        except RuntimeError as error:
-            if not passing(error):
-                raise
-            times[other] = str(error)
-    best = min(found, key=lambda other: found[other], default=None)
-    return best if best is not None and found[best] < MARGIN * limit else None

@@ -43,7 +43,7 @@ def check_seconds(name: str, value: float | None) -> None:
 
 
 def check_text(name: str, text: object) -> None:
-    """Raises SettingsError where a text is longer than the protocol has it: gRPC would end the call for some."""
+    """Raises SettingsError for what is no text or longer than the protocol has it: gRPC would end the call for some."""
     if not isinstance(text, str):
         raise SettingsError(f"the {name} is {text!r:.60}: give a text")
     size = len(text.encode("utf-8", "surrogatepass"))

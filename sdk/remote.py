@@ -326,6 +326,8 @@ class VideoState:
         self.next_chunk += 1
         geometry, encoding = self.started.geometry, self.started.encoding
         timings = chunk.timings
+        took = {"queue": timings.queue_ms, "engine": timings.engine_ms, "encode": timings.encode_ms}
+        took |= timings.stages_ms
         rho, self._rho = (self._rho if chunk.mode else None), None
         return RemoteChunk(
             index=chunk.index,
@@ -339,10 +341,5 @@ class VideoState:
             window=chunk.window,
             mode=chunk.mode,
             rho=rho,
-            timings={
-                "queue": timings.queue_ms / 1000,
-                "engine": timings.engine_ms / 1000,
-                "encode": timings.encode_ms / 1000,
-                **{stage: took / 1000 for stage, took in timings.stages_ms.items()},
-            },
+            timings={stage: milliseconds / 1000 for stage, milliseconds in took.items()},
         )

@@ -48,13 +48,10 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that one of the run's processes makes, and the others wait for."""
-    if not WORKER:
-        folder = factory.mktemp(name) / "bundle"
-        make(folder)
-        return folder
     from filelock import FileLock
 
-    base = factory.getbasetemp().parent / name
+    own = factory.getbasetemp()
+    base = (own.parent if WORKER else own) / name
     base.mkdir(exist_ok=True)
     with FileLock(base / "lock"):
         if not (base / "made").exists():

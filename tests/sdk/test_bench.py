@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from swiftvideo.runtime import Manifest, UsageError, load
 from swiftvideo.runtime.errors import EngineError
 from swiftvideo.sdk import bench, bench_model, bench_table, limits
 from swiftvideo.sdk.work import Call, Watched, work_figures
+from tests.interrupting import interrupted
 
 pytest.importorskip("onnx")
 
@@ -140,15 +140,7 @@ def test_a_signal_leaves_no_random_model(tmp_path: Path, number: signal.Signals)
     command = [sys.executable, "-c", program, "bench", "--random", "--model", "wan2.1-t2v-1.3b"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("swiftvideo-bench-*/bundle")):
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        child.send_signal(number)
-        _, err = child.communicate(timeout=120)
-    finally:
-        child.kill()
+    _, err = interrupted(child, number, lambda: list(tmp_path.glob("swiftvideo-bench-*/bundle")), within=120)
     assert child.returncode == 128 + number and err == "interrupted: what was not finished is removed\n"
     assert list(tmp_path.iterdir()) == []
 

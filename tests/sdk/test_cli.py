@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from swiftvideo.runtime import Manifest, pipeline as runtime_pipeline
 from swiftvideo.sdk import bench, cli
+from tests.interrupting import interrupted
 
 RED, YELLOW, BLUE = (
     "a red circle moving right at night",
@@ -235,15 +236,7 @@ def test_an_interrupted_process_keeps_what_was_made(
         *("--contact-sheet", tmp_path / "x.png", "--json", *options),
         cwd=tmp_path,
     )
-    try:
-        deadline = time.monotonic() + 300
-        while not (out.exists() and out.stat().st_size > 2000):
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        child.send_signal(number)
-        told, err = child.communicate(timeout=120)
-    finally:
-        child.kill()
+    told, err = interrupted(child, number, lambda: out.exists() and out.stat().st_size > 2000, within=300)
     assert child.returncode == 128 + number and "Traceback" not in err
     report = json.loads(told)
     assert report["interrupted"] and 0 < report["frames"] < report["frames_planned"] == 600 * report["fps"]

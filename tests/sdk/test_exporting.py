@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from swiftvideo.runtime.errors import CheckpointError, EngineUnavailableError, S
 from swiftvideo.runtime.plugins.flavours import Flavour
 from swiftvideo.sdk import exporting
 from tests.bench.naive import untrained_checkpoint
+from tests.interrupting import interrupted
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +107,9 @@ def test_sigterm_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "bundles"
     command = [sys.executable, "-c", program, "export", str(folder), "--out", str(place / "b")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 300
-        while not (place.is_dir() and any(place.glob(".b-*/onnx"))):
-            assert child.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        child.send_signal(signal.SIGTERM)
-        _, err = child.communicate(timeout=120)
-    finally:
-        child.kill()
+    _, err = interrupted(
+        child, signal.SIGTERM, lambda: place.is_dir() and any(place.glob(".b-*/onnx")), within=300
+    )
     assert child.returncode == 128 + signal.SIGTERM and "Traceback" not in err
     assert "interrupted: what was not finished is removed" in err
     assert not place.exists()

@@ -27,6 +27,7 @@ from swiftvideo.runtime.geometry import PolicySettings
 from swiftvideo.sdk import aio, cli, remote
 from swiftvideo.sdk.client import Client
 from swiftvideo.v1 import generation_pb2 as pb
+from tests.interrupting import interrupted
 
 from .harness import METHOD, ServerProcess, heard, proxied, reference
 
@@ -305,15 +306,9 @@ def test_an_interrupted_video_of_a_server_is_kept(server: ServerProcess, tmp_pat
     child = subprocess.Popen(
         [sys.executable, "-c", program, "generate", *given], stdout=subprocess.PIPE, text=True
     )
-    try:
-        end = time.monotonic() + 120
-        while not (out.exists() and out.stat().st_size > 2000):
-            assert child.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
-        child.send_signal(signal.SIGTERM)
-        told, _ = child.communicate(timeout=60)
-    finally:
-        child.kill()
+    told, _ = interrupted(
+        child, signal.SIGTERM, lambda: out.exists() and out.stat().st_size > 2000, within=120, ends=60
+    )
     report = json.loads(told)
     assert child.returncode == 128 + signal.SIGTERM and report["interrupted"] and report["frames"] > 0
 
