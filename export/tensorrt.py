@@ -306,7 +306,7 @@ def _run_child(
             [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(job)],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=_environment(target, work),
+            env=child_environment(target, work),
             text=True,
         )
         with child:
@@ -326,7 +326,7 @@ def _run_child(
     return child.returncode, problem
 
 
-def _environment(target: Target, work: Path) -> dict[str, str]:
+def child_environment(target: Target, work: Path) -> dict[str, str]:
     """The child's environment. TensorRT-RTX's parser opens its library by a name without version: give it a link."""
     environment = dict(os.environ)
     if target.flavour is not RTX:

@@ -21,6 +21,8 @@ from torch.nn import functional
 from swiftvideo.runtime.errors import PromptError, SettingsError
 from swiftvideo.runtime.geometry import Geometry
 
+from .casts import added, scaled
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B,N,n,d], k [B,K,n,d], v [B,K,n,d]) -> o [B,N,n,d]."""
 
@@ -155,8 +157,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> float32 [..., dim]."""
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return scaled(x, factor) * self.weight.float()
 
 
 class Attention(nn.Module):
@@ -261,7 +263,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y gate in float32, cast back: x, y [B,F,P,D], gate [B,F,1,D]."""
-    return (x.float() + y.float() * gate).to(x.dtype)
+    return added(x, y.float() * gate).to(x.dtype)
 
 
 class Head(nn.Module):

@@ -338,16 +338,26 @@ def test_tensorrt_builds_on_the_gpu_it_builds_for(small: Path, monkeypatch: pyte
 def test_reports_of_the_log_and_of_the_inspector_read_alike() -> None:
     log = (
         "Layers:\n"
-        "Name: swift.SemanticInjection.0._myl0_1, LayerType: custom_layer, Inputs: [ { Name: v, Datatype: Int32 }], "
-        "Constants: [], Outputs: [ { Name: b, Dimensions: [2], Datatype: BFloat16, Format: x }], TacticName: \n"
+        "Name: swift.SemanticInjection.0._myl0_1, LayerType: custom_layer, Inputs: [ { Name: v, Dimensions: [3,-1], "
+        "Strides: [-1,1], Datatype: Int32 }], Constants: [ { Name: c, Dimensions: [9], Datatype: Half }], "
+        "Outputs: [ { Name: b, Dimensions: [2], Datatype: BFloat16, Format: x }], TacticName: \n"
         "Name: none, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: \n\nI/O Tensors:\n"
         " Name: v, IOMode: Input, DataType: Int32"
     )
-    shapes = {"name": "none", "type": "shape_call", "plugin": False, "precision": ""}
-    ours = {"name": "swift.SemanticInjection.0._myl0_1", "type": "custom_layer", "plugin": True}
-    assert parse_report(log) == [ours | {"precision": "BFloat16"}, shapes]
-    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3", "Inputs": []}
-    layer["Outputs"] = [{"Name": "b", "Dimensions": [2], "Format/Datatype": "Row major linear BFloat16"}]
+    tensors = {"precision": "BFloat16", "inputs": ["Int32[3,-1]"], "outputs": ["BFloat16[2]"]}
+    ours = {"name": "swift.SemanticInjection.0._myl0_1", "type": "custom_layer", "plugin": True, **tensors}
+    shapes = {
+        "name": "none",
+        "type": "shape_call",
+        "plugin": False,
+        "precision": "",
+        "inputs": [],
+        "outputs": [],
+    }
+    assert parse_report(log) == [ours, shapes]
+    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3"}
+    for side, shape, kind in (("Inputs", [3, -1], "Int32"), ("Outputs", [2], "BFloat16")):
+        layer[side] = [{"Name": "b", "Dimensions": shape, "Format/Datatype": f"Row major linear {kind}"}]
     assert parse_inspection(json.dumps({"Layers": [layer], "Bindings": ["v", "b"]})) == [
-        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, "precision": "BFloat16"}
+        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, **tensors}
     ]
