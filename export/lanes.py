@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import RLock
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from swiftvideo.runtime.engines.capturing import uncollected
 
 
 class Lane:
@@ -74,16 +75,11 @@ class Lane:
                 work()
             self.wait()
             graph = torch.cuda.CUDAGraph()
-            collecting = gc.isenabled()
-            gc.disable()  # a collection would free others' graphs and tensors while this one is recorded
-            try:
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    work()
-            finally:
-                if collecting:
-                    gc.enable()
+            with (
+                uncollected(),
+                torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                work()
         return graph.replay
 
     def milliseconds(self, work: Callable[[], object], repeats: int) -> float:

@@ -18,6 +18,7 @@ from swiftvideo.runtime.errors import ClosedError, UsageError
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.launch import Launcher, check
 
+from .capturing import uncollected
 from .cuda import Arena, Pinned, to_bits
 
 if TYPE_CHECKING:
@@ -280,13 +281,14 @@ class TensorRTSession:
         if capturable is not None and not capturable(int(stream)):
             return run
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
-        try:
-            run()
-        except BaseException:
-            driver.cuStreamEndCapture(stream)  # what it says is a consequence
-            raise
-        graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
+        with uncollected():
+            check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
+            try:
+                run()
+            except BaseException:
+                driver.cuStreamEndCapture(stream)  # what it says is a consequence
+                raise
+            graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
         try:
             made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
         finally:

@@ -5,6 +5,7 @@ of the decoder's input, switches, sink and state included. What a GPU adds to th
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import shutil
 import threading
@@ -316,6 +317,22 @@ def test_a_capture_that_fails_is_ended_and_names_its_cause(
     assert not driver.capturing
     del rollout
     assert driver.allocated == before
+
+
+def test_nothing_is_collected_while_denoise_is_captured(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed session's memory would be freed in the middle of it."""
+    driver, seen = engine.driver, set()
+    execute = Context.execute_async_v3
+
+    def watched(self: Context, stream: int) -> bool:
+        seen.add((int(stream) in driver.capturing, gc.isenabled()))
+        return execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", watched)
+    begun(engine, manifest).advance()
+    assert seen == {(True, False), (False, True)} and gc.isenabled()
 
 
 def test_a_plan_that_cannot_be_captured_runs_all_the_same(
