@@ -32,6 +32,7 @@ from swiftvideo.runtime.errors import (
     SettingsError,
 )
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
+from swiftvideo.runtime.plugins import flavours
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
 from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, ROW_OPS, read_kernel
 from swiftvideo.runtime.plugins.plans import choose_plans, plans_of
@@ -102,6 +103,16 @@ def test_plans_with_plugins_are_preferred_and_rebuilding_replaces(small: Path) -
     assert sorted(plan.functions for plan in plans) == [False, True]
     chosen = choose_plans(manifest, RTX.name, str(RTX.installed), 86)
     assert list(chosen) == ["inject"] and not chosen["inject"].functions
+    assert set(manifest.files) == set(measure_files(small))
+
+
+def test_targets_that_are_one_thing_replace_each_other(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As h100 and h200: what is left of the other would be chosen in its place, or refused for old kernels."""
+    monkeypatch.setitem(flavours._NAMED, "another", (RTX, 89))
+    for target in ("rtx:sm89", "another"):
+        build_plans(small, target, graphs=["inject"])
+    manifest = Manifest.load(small)
+    assert [plan.target for plan in plans_of(manifest)] == ["another"]
     assert set(manifest.files) == set(measure_files(small))
 
 
