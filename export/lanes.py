@@ -55,6 +55,12 @@ class Lane:
         self.wait()
         return host
 
+    def borrow(self, *values: Tensor) -> None:
+        """Tensors of another lane that this one reads from now on: their memory is not given away before it has."""
+        if self.stream is not None:
+            for value in values:
+                value.record_stream(self.stream)
+
     def wait(self) -> None:
         """Until all work so far is done."""
         if self.stream is not None:

@@ -310,6 +310,8 @@ def memory_for(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.AcceleratorError):  # a GPU that failed, whatever was asked of it
+            raise
         raise OutOfMemoryError(
             f"no memory for {what} ({error}): use a smaller batch, window or resolution"
         ) from error

@@ -227,7 +227,7 @@ def over_time(x: Tensor, conv: Any) -> Tensor:
     """
     _, height, width = conv.kernel_size
     weight, padding = conv.weight, (height // 2, width // 2)
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not _flat(x):
         return functional.conv3d(x, weight, conv.bias, padding=(0, *padding))
     frames = x.transpose(1, 2)
     count = frames.shape[1] - PREFIX
@@ -236,6 +236,10 @@ def over_time(x: Tensor, conv: Any) -> Tensor:
         shown = frames[:, tap : tap + count].flatten(0, 1)
         y = y + functional.conv2d(shown, weight[:, :, tap], padding=padding)
     return torch.unflatten(y, 0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
