@@ -171,9 +171,9 @@ def load_backbone(
     path: safetensors, shards with an index, a torch file, or a folder that holds one of them; original Wan or
     diffusers names, with or without prefixes and containers. config: else read from config.json beside the weights.
     lora: an adapter file, or a folder as peft or diffusers writes it, merged into the weights; lora_alpha: else that
-    of its settings (`read_adapter`), else the rank. ema: True for averaged weights (generator_ema, model_ema or ema),
-    False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the file's.
-    text_len: see `parse_config`.
+    of its tensors or settings, else the rank (`merge_lora`). ema: True for averaged weights (generator_ema, model_ema
+    or ema), False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the
+    file's. text_len: see `parse_config`.
     Raises CheckpointError, also where there are no averaged weights and ema is True; SettingsError for a dtype or a
     lora_alpha that cannot be.
     """
@@ -212,7 +212,7 @@ def _load_backbone(
         adapter = read_adapter(Path(lora))
         state = merge_lora(state, adapter.state, str(lora), lora_alpha, adapter.config)
         files += adapter.files
-        alpha = adapter.config.get("lora_alpha", "its own") if lora_alpha is None else lora_alpha
+        alpha = adapter.alpha if lora_alpha is None else lora_alpha
         kind += f" with LoRA {adapter.files[0].name}, alpha {alpha}"
         source += f" with LoRA {lora}, alpha {alpha}"
     state = {key: value.to(dtype or value.dtype).contiguous() for key, value in state.items()}

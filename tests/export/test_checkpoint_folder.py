@@ -197,6 +197,16 @@ def test_another_backbone_in_the_same_folder(state: State, folder: Path, tmp_pat
     assert checkpoint.vae.dtype == torch.bfloat16 == next(checkpoint.text_encoder.parameters()).dtype
 
 
+def test_the_alpha_that_was_used_is_recorded(folder: Path, tmp_path: Path) -> None:
+    key, lora = "blocks.0.self_attn.q", tmp_path / "lora.safetensors"
+    adapter = {f"{key}.lora_A.weight": torch.ones(2, 36), f"{key}.lora_B.weight": torch.ones(36, 2)}
+    save_file(adapter, lora, metadata={"lora_adapter_metadata": '{"lora_alpha": 3}'})
+    assert load_checkpoint(folder, lora=lora).kind.endswith("with LoRA lora.safetensors, alpha 3")
+    save_file({**adapter, f"{key}.alpha": torch.tensor(8)}, lora)
+    assert load_checkpoint(folder, lora=lora).kind.endswith("alpha its own")
+    assert load_checkpoint(folder, lora=lora, lora_alpha=2.0).kind.endswith("alpha 2.0")
+
+
 def test_a_folder_of_diffusers_without_model_json(state: State, folder: Path) -> None:
     (folder / "model.json").unlink()
     (folder / "tokenizer").mkdir()
