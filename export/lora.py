@@ -19,6 +19,7 @@ from torch import Tensor
 from swiftvideo.runtime.errors import CheckpointError
 
 from .checkpoint_files import (
+    check_dense,
     check_finite,
     check_floating,
     find_weights,
@@ -64,6 +65,7 @@ def read_adapter(path: Path) -> Adapter:
     else:
         config = _saved_config(files[0])
     state, _ = unwrap(read_weights(path), str(path), None)
+    check_dense(state, path)
     return Adapter(state, config, files)
 
 
