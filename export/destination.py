@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
-from swiftvideo.runtime.manifest import MANIFEST_NAME
+from swiftvideo.runtime.manifest import GRAPHS, MANIFEST_NAME
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk is full, or what one may write to it."""
@@ -34,7 +34,9 @@ BUILT = re.compile(
 )
 """What the manifest itself and the building of plans add to a bundle, also when it was interrupted."""
 
-UNFINISHED = re.compile(r"onnx/[^/]+\.(onnx|data)|tokenizer\.json|manifest\.json\.partial")
+UNFINISHED = re.compile(
+    rf"onnx/({'|'.join(GRAPHS)}|decoder)\.(onnx|data)|tokenizer\.json|manifest\.json\.partial"
+)
 """What an export has in its hidden folder until the manifest, which comes last, is written."""
 
 

@@ -169,7 +169,7 @@ def test_a_link_that_appears_is_not_followed(tmp_path: Path) -> None:
     assert out.is_symlink() and json.loads((real / "manifest.json").read_text()) == MANIFEST
 
 
-def unfinished(folder: Path, name: str = "onnx/a.onnx") -> Path:
+def unfinished(folder: Path, name: str = "onnx/decode.onnx") -> Path:
     """What a killed export leaves."""
     (folder / "onnx").mkdir(parents=True)
     (folder / name).parent.mkdir(exist_ok=True)
@@ -190,18 +190,19 @@ def test_what_killed_exports_left_goes_and_nothing_else(tmp_path: Path) -> None:
         unfinished(tmp_path / ".b1-abcd_123"),
         unfinished(tmp_path / ".b[1]-finished", "manifest.json"),
         unfinished(tmp_path / ".b[1]-somebody", "onnx/notes.txt"),
+        unfinished(tmp_path / ".b[1]-original", "onnx/unet.onnx"),
     ]
     before = set(tmp_path.iterdir())
     with work_folder(place) as work:
         assert set(tmp_path.iterdir()) == before - {tmp_path / ".b[1]-abcd_123"} | {work}
     assert all((folder / "onnx").is_dir() for folder in others)
-    assert (tmp_path / "elsewhere" / "x" / "onnx" / "a.onnx").exists()
+    assert (tmp_path / "elsewhere" / "x" / "onnx" / "decode.onnx").exists()
 
 
 def test_an_export_that_still_runs_keeps_its_folder(tmp_path: Path) -> None:
     with work_folder(tmp_path / "b") as first:
-        unfinished(first / ".", "onnx/a.onnx")
+        unfinished(first)
         with work_folder(tmp_path / "b"):
-            assert (first / "onnx" / "a.onnx").exists()
+            assert (first / "onnx" / "decode.onnx").exists()
     with work_folder(tmp_path / "b"):  # as if it had been killed
         assert not first.exists()
