@@ -58,8 +58,14 @@ class BackboneConfig:
             )
         if self.freq_dim % 2 or self.freq_dim < 2:
             raise SettingsError(f"freq_dim is {self.freq_dim}: it must be even")
-        if self.patch[0] != 1:
-            raise SettingsError(f"patch is {self.patch}: only one latent frame per patch is supported")
+        whole = len(self.patch) == 3 and all(type(size) is int and size > 0 for size in self.patch)
+        if not whole or self.patch[0] != 1:
+            raise SettingsError(
+                f"patch is {self.patch}: three whole numbers are needed, the first of them 1, for only one latent "
+                "frame per patch is supported"
+            )
+        if not 0 < self.eps < math.inf:
+            raise SettingsError(f"eps is {self.eps}: a positive number is needed")
 
     @property
     def head_dim(self) -> int:
