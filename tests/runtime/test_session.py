@@ -484,3 +484,30 @@ def test_a_session_and_its_prompts_are_gone_without_a_collection(
         assert [item() for item in (*left, *arrays)] == [None] * 6
     finally:
         gc.enable()
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_session_is_its_owners_alone_and_lies_where_a_link_leads(
+    session: Session, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    umask = os.umask(0o022)
+    try:
+        session.save(tmp_path / "link")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_session_is_not_saved_over_what_is_no_file(session: Session, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"pipe' is a pipe or a device: give a file's name"):
+        session.save(tmp_path / "pipe")
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
+def test_a_session_knows_how_many_prompts_it_was_asked(session: Session, texts: tuple[str, ...]) -> None:
+    assert session.asked == 1 and session.prompt(texts[1]) == 1 and session.asked == 2
