@@ -29,7 +29,7 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
     Raises:
         BundleError: the bundle is missing, of another version, or was changed.
         EngineUnavailableError: the engine cannot run here.
-        SettingsError: no such engine.
+        SettingsError: no such engine, or `path` cannot be a name.
     """
     manifest = Manifest.load(EMBEDDED if path is None else path)
     if engine not in ("auto", "onnxruntime", "tensorrt"):
@@ -48,15 +48,23 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
 
 
 class Pipeline:
-    """An engine with a bundle's tokenizer and settings. Sessions may run in different threads."""
+    """An engine with a bundle's tokenizer and settings. Sessions may run in different threads.
+
+    The pipeline closes the engine, also where it cannot be made. Raises BundleError where the tokenizer is missing or
+    was changed.
+    """
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
         self.engine = engine
         self.manifest = manifest
         self._closed = False
-        if not manifest.has(TOKENIZER_NAME):
-            raise BundleMissingError(f"the bundle lists no {TOKENIZER_NAME}: export it again")
-        self._tokenizer = PromptTokenizer(manifest.read_file(TOKENIZER_NAME), manifest.geometry.text_len)
+        try:
+            if not manifest.has(TOKENIZER_NAME):
+                raise BundleMissingError(f"the bundle lists no {TOKENIZER_NAME}: export it again")
+            self._tokenizer = PromptTokenizer(manifest.read_file(TOKENIZER_NAME), manifest.geometry.text_len)
+        except BaseException:
+            engine.close()
+            raise
 
     @property
     def geometry(self) -> Geometry:
@@ -107,7 +115,7 @@ class Pipeline:
         """Continue a session that `Session.save` wrote, on the same bundle.
 
         Raises:
-            UsageError: the file is no saved session, or one of another bundle.
+            UsageError: the file is no saved session, one of another bundle, or was changed (its SHA-256 tells).
             OutOfMemoryError, ClosedError: as `session`.
         """
         self._check_open()

@@ -192,10 +192,7 @@ class EngineThread:
                     if job is None:
                         return
                     self._running, self._running_since = job, time.monotonic()
-                    asks = []
-                    while job.asks and job.asks[0].heard <= job.next_chunk:
-                        asks.append(job.asks.popleft())
-                self._serve(job, asks)
+                self._serve(job)
         except BaseException as error:  # a bug here must not leave sessions waiting for ever
             log.exception("the engine's thread ended")
             with self._condition:
@@ -213,8 +210,12 @@ class EngineThread:
     def _most_urgent(self) -> Job | None:
         return min((job for job in self._jobs if job.ready), key=lambda job: job.deadline, default=None)
 
-    def _serve(self, job: Job, asks: list[Ask]) -> None:
+    def _serve(self, job: Job) -> None:
         """Make one chunk of a job and hand it on."""
+        asks = []
+        with self._condition:
+            while job.asks and job.asks[0].heard <= job.next_chunk:
+                asks.append(job.asks.popleft())
         begin = self._running_since
         queued = begin - max(job.ready_since, 0.0)
         saved = False

@@ -137,6 +137,7 @@ class SessionManager:
             return self.recovery.path(id, index + 1)
 
         def done(made: Made) -> None:
+            session = self.sessions[id]  # the name below would close a cycle: it holds the job
             self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
 
         job = Job(made, done, self.admission.period, next_chunk, asked, save_path)

@@ -173,8 +173,15 @@ def test_state_moves_to_another_session(manifest: Manifest, engine: TensorRTEngi
     fresh.import_state(wanted)
     for key, value in fresh.export_state().items():
         np.testing.assert_array_equal(value, wanted[key])
-    with pytest.raises(UsageError, match="cache_k of the saved state do not fit"):
-        fresh.import_state(wanted | {"cache_k": wanted["cache_k"][:, :, 1:]})
+    vae = wanted["vae_cache_0"]
+    for name, value in (
+        ("cache_k", wanted["cache_k"][:, :, 1:]),
+        ("sink_k", np.ones(1, np.float32)),
+        ("vae_cache_0", vae.astype(np.float64)),
+        ("vae_cache_99", vae),
+    ):
+        with pytest.raises(UsageError, match=f"{name} of the saved state is .*restore it with the bundle"):
+            fresh.import_state(wanted | {name: value})
     fresh.close()
 
 
