@@ -30,7 +30,8 @@ def target(path: str | Path) -> Path:
 def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `parts`, one after the other, to a file that only its owner may use, and let it take the name `path`.
 
-    It is on the disk before it does. Raises OSError or ValueError; `path` is as it was then, and no other file is left.
+    A killed process leaves the old file or the new one; nobody waits for the disk, so a power cut may leave less.
+    Raises OSError or ValueError; `path` is as it was then, and no other file is left.
     """
     partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -38,8 +39,6 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             for part in parts:
                 file.write(part)
-            file.flush()
-            os.fsync(descriptor)
         partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error tells what went wrong

@@ -63,7 +63,7 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_a_file_whose_name_says_so(tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib; from swiftvideo.runtime import files\n"
-        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "files.replace(pathlib.Path(sys.argv[1]), [b'half'])"
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], timeout=120, check=False)

@@ -67,12 +67,12 @@ def test_what_a_killed_server_was_writing_counts_and_goes(tmp_path: Path, stage:
         from swiftvideo.runtime import files
         from swiftvideo.sdk.server.session import Kept
         from swiftvideo.sdk.server.store import Store, Stored
-        fsync = os.fsync
-        def killed(descriptor):
-            if {f".{stage}."!r} in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        replace = Path.replace
+        def killed(self, target):
+            if {f".{stage}."!r} in self.name:
                 os.kill(os.getpid(), 9)
-            fsync(descriptor)
-        os.fsync = killed
+            return replace(self, target)
+        Path.replace = killed
         store = Store(Path(sys.argv[1]), 100, 1 << 20)
         files.replace(Path(store.session_path({IDS[0]!r}, 1)), [b"session"])
         store.write(Stored({IDS[0]!r}, "hash", "ann", 1, 4, 1, 30.0, 0, 4, 1, []), [Kept(4, b"", b"four")])
