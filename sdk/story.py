@@ -237,10 +237,8 @@ class Shot:
     """A cue on a model's clock."""
 
     cue: Cue
-    frame: int
-    """Latent frame to ask for: the first that begins at or after the cue."""
     boundary: int
-    """Latent frame of the chunk boundary at which it takes effect."""
+    """Latent frame of the chunk boundary at which it takes effect, and for which it is asked."""
     first_frame: int
     """Video frame shown first under this prompt."""
 
@@ -278,7 +276,7 @@ def schedule(story: Story, geometry: Clock) -> tuple[Shot, ...]:
                 f"prompt {cue.prompt!r} at {cue.at:g} s would take effect at {first / geometry.fps:.2f} s, the next "
                 f"chunk boundary, and the video ends at {story.seconds:g} s: raise seconds or start it earlier"
             )
-        shots.append(Shot(cue, frame, boundary, first))
+        shots.append(Shot(cue, boundary, first))
     return tuple(shots)
 
 

@@ -26,7 +26,10 @@ from typer.testing import CliRunner
 from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
 from swiftvideo.runtime.geometry import PolicySettings
 from swiftvideo.sdk import aio, cli, remote
-from swiftvideo.sdk.client import Client
+from swiftvideo.sdk.client import Client, Video
+from swiftvideo.sdk.generate import generate as local_generate
+from swiftvideo.sdk.generate_remote import generate_on
+from swiftvideo.sdk.story import Cue, Story
 from swiftvideo.v1 import generation_pb2 as pb
 from tests.interrupting import interrupted
 
@@ -284,6 +287,40 @@ def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: 
         [*command, "--prompt", "w5", "--at", "5.9s"], capture_output=True, text=True, check=False
     )
     assert late.returncode == 2 and "would take effect at" in late.stderr
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param((13.1,), id="within a chunk"),
+        pytest.param((0.7, 0.8, 0.9, 9.9), id="several within one"),
+        pytest.param(tuple(1.3 * number for number in range(1, 80)), id="more than may wait"),
+    ],
+)
+def test_a_server_makes_the_same_video_of_a_story(
+    server: ServerProcess,
+    pipeline: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: tuple[float, ...],
+) -> None:
+    """Also where the server has made all that it may before it hears a prompt."""
+    send = Video.prompt
+
+    def late(video: Video, text: str, at_chunk: int = 0) -> str:
+        while not (found := operator.sessions()) or found[0].credits_left:
+            pass
+        return send(video, text, at_chunk)
+
+    monkeypatch.setattr(Video, "prompt", late)
+    cues = tuple(Cue(f"w{number % 40}", time) for number, time in enumerate((0.0, *times)))
+    story = Story(cues, times[-1] + 3.2, seed=7)
+    here = local_generate(pipeline, story, tmp_path / "here.mp4")
+    with Client(server.address) as client, Client(server.address) as operator:
+        there = generate_on(client, story, tmp_path / "there.mp4")
+    assert there.windows == here.windows and there.switches == here.switches
+    assert len(here.switches) == len(times) and len(set(here.windows)) > 1
+    assert (tmp_path / "there.mp4").read_bytes() == (tmp_path / "here.mp4").read_bytes()
 
 
 @pytest.mark.parametrize(
