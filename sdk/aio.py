@@ -79,7 +79,8 @@ class Client:
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
         self.check_open()
-        check_seconds("deadline", deadline)
+        if deadline is not None:
+            check_seconds("deadline", deadline)
         video = Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
         self._videos.add(video)
         return video

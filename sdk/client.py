@@ -102,7 +102,8 @@ class Client:
         Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
         ClosedError after `close`.
         """
-        check_seconds("deadline", deadline)
+        if deadline is not None:
+            check_seconds("deadline", deadline)
         start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
         with self._lock:
             self.check_open()

@@ -138,6 +138,9 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
         ({"prompt": "w1 \ud800"}, r"prompt is 'w1 \\ud800'"),
         ({"linger": math.inf}, "linger is inf"),
         ({"linger": math.nan}, "linger is nan"),
+        ({"linger": "3"}, "linger is '3': use 0 to"),
+        ({"linger": None}, "linger is None"),
+        ({"deadline": "3"}, "deadline is '3'"),
         ({"deadline": -1}, "deadline is -1"),
         ({"prompt": "ä" * 3000}, "the prompt has 6000 bytes: use at most 4096"),
     ],
@@ -147,9 +150,9 @@ def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], t
         client.generate(**{"prompt": "w1", **fields})
 
 
-@pytest.mark.parametrize("timeout", [-1, math.nan])
-def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
-    with pytest.raises(SettingsError, match=f"timeout is {timeout}"):
+@pytest.mark.parametrize("timeout", [-1, math.nan, "10"])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(SettingsError, match=f"timeout is {timeout!r}"):
         Client("127.0.0.1:1", timeout=timeout)
 
 
