@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 
 from swiftvideo.runtime.errors import ClosedError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .connection import metadata_of, open_channel
@@ -72,16 +73,24 @@ class Client:
         *,
         credits: int = 3,
         encoding: EncodingName = "raw",
-        policy: pb.PolicySettings | str | None = None,
+        policy: pb.PolicySettings | Policy | None = None,
         linger: float = 30.0,
         chunks: int = 0,
         deadline: float | None = None,
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        return self._video(VideoState(start), deadline)
+
+    def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:
+        """Take up a session; arguments and errors as those of `swiftvideo.sdk.client.Client.reattach`."""
+        return self._video(VideoState.taken_up(token, next_chunk), deadline)
+
+    def _video(self, state: VideoState, deadline: float | None) -> Video:
         self.check_open()
         if deadline is not None:
             check_seconds("deadline", deadline)
-        video = Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
+        video = Video(self, state, deadline)
         self._videos.add(video)
         return video
 
@@ -222,8 +231,8 @@ class Video:
     A chunk counts as presented when the next one is asked for.
     """
 
-    def __init__(self, client: Client, start: pb.Start, deadline: float | None = None) -> None:
-        self.state = VideoState(start)
+    def __init__(self, client: Client, state: VideoState, deadline: float | None = None) -> None:
+        self.state = state
         self._client = client
         self._deadline = deadline
         self._turn = asyncio.Lock()
@@ -236,6 +245,11 @@ class Video:
     def session_id(self) -> str:
         """Of the server; empty until the first chunk."""
         return "" if self.state.started is None else self.state.started.session_id
+
+    @property
+    def resume_token(self) -> str:
+        """For `Client.reattach`: a secret. Empty until the first chunk."""
+        return "" if self.state.started is None else self.state.started.resume_token
 
     async def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
+from swiftvideo.runtime.geometry import Policy
 
 from .machine import version
 from .parts import needing, silence_grpc
@@ -296,7 +297,7 @@ def bench(
     if json_file is not None:
         check_json(json_file)
     with cleaning_up(), measured_bundle(bundle, model, random, height, width, dtype) as folder:
-        result = measure(folder, chunks, policy, engine, threads, memory_chunks, seconds)
+        result = measure(folder, chunks, cast(Policy | None, policy), engine, threads, memory_chunks, seconds)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

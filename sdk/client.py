@@ -26,6 +26,7 @@ from typing import Any
 import grpc
 
 from swiftvideo.runtime.errors import ClosedError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .connection import metadata_of, open_channel
@@ -87,7 +88,7 @@ class Client:
         *,
         credits: int = 3,
         encoding: EncodingName = "raw",
-        policy: pb.PolicySettings | str | None = None,
+        policy: pb.PolicySettings | Policy | None = None,
         linger: float = 30.0,
         chunks: int = 0,
         deadline: float | None = None,
@@ -102,12 +103,24 @@ class Client:
         Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
         ClosedError after `close`.
         """
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        return self._video(VideoState(start), deadline)
+
+    def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:
+        """Take up a session that another client began, here or in another process, with the prompts it has.
+
+        token: its `Video.resume_token`. next_chunk: the first one that was not received there; those before it count as
+        presented. The call that has it ends with SessionLostError. Raises that, too, at the first chunk, where the
+        session is over; RefusedError for a chunk that is not kept; else as `generate`.
+        """
+        return self._video(VideoState.taken_up(token, next_chunk), deadline)
+
+    def _video(self, state: VideoState, deadline: float | None) -> Video:
         if deadline is not None:
             check_seconds("deadline", deadline)
-        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
         with self._lock:
             self.check_open()
-            video = Video(self, start, deadline)
+            video = Video(self, state, deadline)
             self._videos.add(video)
         return video
 
@@ -235,8 +248,8 @@ class Video:
     is asked for.
     """
 
-    def __init__(self, client: Client, start: pb.Start, deadline: float | None = None) -> None:
-        self.state = VideoState(start)
+    def __init__(self, client: Client, state: VideoState, deadline: float | None = None) -> None:
+        self.state = state
         self._client = client
         self._deadline = deadline
         self._lock = threading.RLock()
@@ -250,6 +263,11 @@ class Video:
     def session_id(self) -> str:
         """Of the server; empty until the first chunk."""
         return "" if self.state.started is None else self.state.started.session_id
+
+    @property
+    def resume_token(self) -> str:
+        """For `Client.reattach`: a secret. Empty until the first chunk."""
+        return "" if self.state.started is None else self.state.started.resume_token
 
     def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.

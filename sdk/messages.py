@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from google.protobuf.message import Message
 
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .protocol import MAX_TEXT
@@ -37,9 +38,9 @@ def filled(kind: type[M], **fields: Any) -> M:
     return message
 
 
-def check_seconds(name: str, value: float) -> None:
+def check_seconds(name: str, value: object) -> None:
     """Raises SettingsError where a time is no number of seconds, or would not fit into a message."""
-    if not isinstance(value, Real) or not 0 <= value <= LONGEST:
+    if not isinstance(value, Real) or not 0 <= float(value) <= LONGEST:
         raise SettingsError(f"{name} is {value!r:.60}: use 0 to {LONGEST} seconds")
 
 
@@ -57,7 +58,7 @@ def start_of(
     seed: int,
     credits: int,
     encoding: str,
-    policy: pb.PolicySettings | str | None,
+    policy: pb.PolicySettings | Policy | None,
     linger: float,
     chunks: int,
 ) -> pb.Start:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import operator
 from fractions import Fraction
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 
@@ -78,11 +78,16 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, width: int, height: int, fps: int, codec: str | None = None) -> None:
         self.path = check_output(path, (".mp4",))
-        if not all(isinstance(size, Integral) and size >= 2 and size % 2 == 0 for size in (width, height)):
-            raise SettingsError(f"video of {width}x{height}: both sizes must be whole, even and at least 2")
-        if not isinstance(fps, Integral) or fps < 1:
-            raise SettingsError(f"fps is {fps!r}: a whole number of at least 1 is needed")
-        self.width, self.height, self.fps = int(width), int(height), int(fps)
+        try:
+            self.width, self.height, self.fps = (operator.index(value) for value in (width, height, fps))
+        except TypeError as error:
+            raise SettingsError(
+                f"video of {width}x{height} at {fps!r} frames per second: whole numbers are needed"
+            ) from error
+        if width < 2 or height < 2 or width % 2 or height % 2:
+            raise SettingsError(f"video of {width}x{height}: both sizes must be even and at least 2")
+        if fps < 1:
+            raise SettingsError(f"fps is {fps}: at least 1 is needed")
         self.codec = codec or choose_codec()
         self.frames = 0
         """Frames written so far."""

@@ -182,8 +182,8 @@ def test_writing_after_closing_is_refused(tmp_path: Path) -> None:
         (64, 0, 12, "video of 64x0"),
         (64.0, 64, 12, "video of 64.0x64"),
         (64, 64, 0, "fps is 0"),
-        (64, 64, 12.5, r"fps is 12\.5: a whole number"),
-        (64, 64, "12", "fps is '12'"),
+        (64, 64, 12.5, r"video of 64x64 at 12\.5 frames per second: whole numbers"),
+        (64, 64, "12", "at '12' frames"),
     ],
 )
 def test_sizes_that_cannot_be_encoded_are_refused(

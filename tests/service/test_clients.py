@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import grpc
 import numpy as np
@@ -24,7 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
-from swiftvideo.runtime.geometry import PolicySettings
+from swiftvideo.runtime.geometry import Mode, Policy, PolicySettings
 from swiftvideo.sdk import aio, cli, remote
 from swiftvideo.sdk.client import Client, Video
 from swiftvideo.sdk.generate import generate as local_generate
@@ -150,6 +150,13 @@ def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], t
         client.generate(**{"prompt": "w1", **fields})
 
 
+def test_names_of_modes_and_policies_are_types() -> None:
+    """So a type checker sees a misspelt one."""
+    for client in (Client, aio.Client):
+        assert get_type_hints(client.generate)["policy"] == pb.PolicySettings | Policy | None
+    assert get_type_hints(remote.RemoteChunk)["mode"] == Mode | Literal[""]
+
+
 @pytest.mark.parametrize("timeout", [-1, math.nan, "10"])
 def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
     with pytest.raises(SettingsError, match=f"timeout is {timeout!r}"):
@@ -254,6 +261,45 @@ def test_the_async_client_does_the_same(server: ServerProcess, pipeline: Any) ->
 
     made, engine = asyncio.run(run())
     assert made == reference(pipeline, 4, 5, []) and engine == "onnxruntime"
+
+
+def test_another_client_takes_a_session_up(server: ServerProcess, pipeline: Any) -> None:
+    with Client(server.address) as client, client.generate("w1 w2", seed=4, credits=2) as video:
+        assert video.resume_token == ""
+        made = [bytes(next(video).frames)]
+        id = video.prompt("w8 w9", at_chunk=5)
+        made += [bytes(next(video).frames) for _ in range(2)]
+        heard_at = list(heard(video.state).values())
+        with Client(server.address) as second, second.reattach(video.resume_token, 3) as taken:
+            chunks = [next(taken) for _ in range(2)]
+            assert taken.session_id == video.session_id and taken.resume_token == video.resume_token
+            with pytest.raises(remote.SessionLostError, match="another call reattached"):
+                for chunk in video:  # what had come before the end is there yet
+                    assert chunk.index < 5
+
+            async def run() -> None:
+                async with aio.Client(server.address) as third:
+                    with pytest.raises(remote.RefusedError, match="first that is kept"):
+                        await anext(third.reattach(video.resume_token))
+                    async with third.reattach(video.resume_token, 5) as last:
+                        chunks.extend([await anext(last) for _ in range(2)])
+                        assert last.session_id == video.session_id
+                    assert await third.sessions() == []
+                    with pytest.raises(remote.SessionLostError, match="no session has this resume token"):
+                        await anext(third.reattach(video.resume_token, 7))
+                    for token, index, text in (
+                        (None, 0, "the resume token is None"),
+                        ("t", -1, "next_chunk is -1"),
+                    ):
+                        for reattach in (client.reattach, third.reattach):
+                            with pytest.raises(SettingsError, match=text):
+                                reattach(token, index)  # type: ignore[arg-type]
+
+            asyncio.run(run())
+    assert [chunk.index for chunk in chunks] == [3, 4, 5, 6]
+    assert [chunk.prompt_id for chunk in chunks] == ["", "", id, id]
+    made += [bytes(chunk.frames) for chunk in chunks]
+    assert made == reference(pipeline, 4, 7, heard_at)
 
 
 def test_policy_settings_reach_the_runtime(server: ServerProcess) -> None:
