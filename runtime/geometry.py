@@ -9,6 +9,7 @@ from .errors import SettingsError
 from .plain import fits
 
 Policy = Literal["swift", "recache", "keep", "cut"]
+Mode = Literal["bridge-only", "bridge+micro-recache", "full-recache", "keep", "cut"]
 Positions = Literal["absolute", "windowed"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Literal
 
 from .engine import Engine, Prompt
 from .errors import BundleMissingError, ClosedError, SettingsError, UsageError
@@ -15,11 +15,12 @@ from .session import Session
 from .snapshot import read
 from .tokenizer import PromptTokenizer
 
+EngineName = Literal["auto", "onnxruntime", "tensorrt"]
 EMBEDDED = Path(__file__).parent / "bundles" / "default"
 """The model that the package carries."""
 
 
-def load(path: str | Path | None = None, engine: str = "auto", threads: int | None = None) -> Pipeline:
+def load(path: str | Path | None = None, engine: EngineName = "auto", threads: int | None = None) -> Pipeline:
     """Open a bundle, checking the hash of every file that is used.
 
     path: of a bundle's folder; None: the embedded model. engine: "onnxruntime", "tensorrt", or "auto": TensorRT where
@@ -88,7 +89,7 @@ class Pipeline:
         return self.engine.encode(ids, mask, text)
 
     def session(
-        self, prompt: str | Prompt, seed: int = 0, policy: PolicySettings | str | None = None
+        self, prompt: str | Prompt, seed: int = 0, policy: PolicySettings | Policy | None = None
     ) -> Session:
         """Start a video.
 
@@ -106,7 +107,7 @@ class Pipeline:
         if policy is None:
             policy = self.settings
         elif isinstance(policy, str):
-            policy = dataclasses.replace(self.settings, policy=cast(Policy, policy))
+            policy = dataclasses.replace(self.settings, policy=policy)
         elif not isinstance(policy, PolicySettings):
             raise SettingsError(f"policy is {policy!r}: give PolicySettings, the name of a policy, or None")
         return Session(self.engine, self.encode, policy, prompt, seed, self.manifest.fingerprint)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Engine, Float32, Prompt
 from .errors import ClosedError, StoppedError, SwiftVideoError, UsageError
-from .geometry import Geometry, PolicySettings
+from .geometry import Geometry, Mode, PolicySettings
 from .noise import PhiloxNoise, checked_seed
 from .rollout import Rollout
 from .snapshot import Saved, put, save
@@ -42,7 +42,7 @@ class Chunk:
     """Which prompt made it, as `Session.prompt` numbers them; 0 is the first."""
     window: int
     """Latent frames that it looked back over, itself and the sink included."""
-    mode: str
+    mode: Mode | Literal[""]
     """How a new prompt took over with this chunk: "bridge-only", "bridge+micro-recache", "full-recache", "keep", "cut";
     empty in all other chunks."""
     rho: float | None

@@ -12,7 +12,8 @@ from typing import Any
 
 
 class Interrupts:
-    """Turns SIGINT, SIGTERM and SIGHUP (a closed terminal) into KeyboardInterrupt, but never in the middle of a write.
+    """Turns SIGINT, SIGTERM and SIGHUP (a closed terminal) into KeyboardInterrupt, with the signal's number, but never
+    in the middle of a write.
 
     Outside the main thread signals cannot be caught; there it does nothing.
     """
@@ -40,7 +41,7 @@ class Interrupts:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = number
         if not self._shielded:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
     @contextmanager
     def shield(self, last: bool = False) -> Iterator[None]:
@@ -51,7 +52,7 @@ class Interrupts:
         finally:
             self._shielded = False
         if self.received and not last:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.received)
 
 
 @contextmanager
