@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -32,7 +30,7 @@ from swiftvideo.runtime.manifest import (
 
 from .checkpoint import Checkpoint
 from .checkpoint_files import check_finite
-from .destination import check_destination, folders_above, put_in_place, writing
+from .destination import check_destination, folders_above, put_in_place, work_folder, writing
 from .graphs import Graph, backbone_graphs, decode_graphs, export_graph, text_graph
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
@@ -68,7 +66,8 @@ def export_bundle(
     peak of memory; the checkpoint is of no use afterwards.
     Raises CheckpointError for weights that converting makes infinite; SettingsError for a wrong size, dtype or policy,
     and for an `out` where no bundle can be written or that is not empty, unless `overwrite` is set and it holds a
-    bundle (`check_destination`); BundleWriteError where the disk is full or refuses.
+    bundle (`check_destination`); BundleWriteError where the disk is full or refuses, and where that stopped being so
+    meanwhile: the finished bundle is then beside `out`, as the message says (`put_in_place`).
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}: use {', '.join(DTYPES)}")
@@ -166,19 +165,14 @@ def _write(
     progress: Progress | None,
 ) -> Manifest:
     place = check_destination(out, overwrite)
-    with writing(place), folders_above(place):
-        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        try:
-            done = _fill(work, graphs, progress)
-            for name, content in extra.items():
-                (work / name).write_bytes(content)
-            dataclasses.replace(manifest, files=measure_files(work)).save(work)
-            Manifest.load(work)  # what could not be opened replaces nothing
-            work.chmod(0o755)
-            put_in_place(work, place)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
+    with writing(place), folders_above(place), work_folder(place) as work:
+        done = _fill(work, graphs, progress)
+        for name, content in extra.items():
+            (work / name).write_bytes(content)
+        dataclasses.replace(manifest, files=measure_files(work)).save(work)
+        Manifest.load(work)  # what could not be opened replaces nothing
+        work.chmod(0o755)
+        put_in_place(work, place, overwrite)
     if progress:
         progress("done", done, GRAPH_COUNT)
     return Manifest.load(out)

@@ -10,18 +10,14 @@ model.json with the sizes and settings to suggest (`ModelInfo`). `read_outline` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer
-from transformers import UMT5Config, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from swiftvideo.runtime.errors import BundleError, CheckpointError, SettingsError
 from swiftvideo.runtime.geometry import Geometry
@@ -29,20 +25,24 @@ from swiftvideo.runtime.tokenizer import PromptTokenizer
 
 from . import checkpoint_naming as naming
 from .checkpoint_files import (
+    check_dense,
     check_finite,
     check_floating,
     digest,
     find_weights,
     read_json,
     read_weights,
-    stored_shapes,
 )
+from .checkpoint_parts import check_dtype, load_text_encoder, load_vae, reading
 from .lora import merge_lora, read_adapter
 from .model_info import ModelInfo, plain_name
 from .models.backbone import BackboneConfig, CausalWanModel
 from .models.schedule import Schedule
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
+
+MAX_SIZE = 8192
+"""Pixels of a video's side, more than any model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ class Outline:
                     f"{name} is {size!r} pixels: a positive multiple of {stride * patch} is needed, the VAE's stride "
                     f"{stride} times the backbone's patch {patch}"
                 )
+            if size > MAX_SIZE:
+                raise SettingsError(f"{name} is {size} pixels: use at most {MAX_SIZE}")
         return self.config.geometry(
             height // stride,
             width // stride,
@@ -152,8 +154,8 @@ def parse_config(content: Mapping[str, Any], source: str, text_len: int | None =
         )
     except KeyError as error:
         raise CheckpointError(f"{source} lacks {error}; use the config.json of the weights") from error
-    except (SettingsError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    except (SettingsError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{source}: {error}; use the config.json of the weights") from error
 
 
 def load_backbone(
@@ -171,9 +173,9 @@ def load_backbone(
     path: safetensors, shards with an index, a torch file, or a folder that holds one of them; original Wan or
     diffusers names, with or without prefixes and containers. config: else read from config.json beside the weights.
     lora: an adapter file, or a folder as peft or diffusers writes it, merged into the weights; lora_alpha: else that
-    of its settings (`read_adapter`), else the rank. ema: True for averaged weights (generator_ema, model_ema or ema),
-    False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the file's.
-    text_len: see `parse_config`.
+    of its tensors or settings, else the rank (`merge_lora`). ema: True for averaged weights (generator_ema, model_ema
+    or ema), False for the others, None for the averaged ones where there are any. dtype: of the weights, None keeps the
+    file's. text_len: see `parse_config`.
     Raises CheckpointError, also where there are no averaged weights and ema is True; SettingsError for a dtype or a
     lora_alpha that cannot be.
     """
@@ -190,7 +192,7 @@ def _load_backbone(
     text_len: int | None,
 ) -> tuple[CausalWanModel, str, list[Path]]:
     if dtype is not None:
-        _check_dtype(dtype)
+        check_dtype(dtype)
     if lora_alpha is not None and (lora is None or not math.isfinite(lora_alpha)):
         remedy = "use a finite number" if lora else "give the lora that it is of, too"
         raise SettingsError(f"lora_alpha is {lora_alpha}: {remedy}")
@@ -202,6 +204,7 @@ def _load_backbone(
         config = parse_config(read_json(beside), str(beside), text_len)
         files.append(beside)
     tensors, container = naming.unwrap(read_weights(path), str(path), ema)
+    check_dense(tensors, path)
     named = naming.to_wan(tensors, str(path), container)
     with torch.device("meta"):
         model = CausalWanModel(config)
@@ -212,7 +215,7 @@ def _load_backbone(
         adapter = read_adapter(Path(lora))
         state = merge_lora(state, adapter.state, str(lora), lora_alpha, adapter.config)
         files += adapter.files
-        alpha = adapter.config.get("lora_alpha", "its own") if lora_alpha is None else lora_alpha
+        alpha = adapter.alpha if lora_alpha is None else lora_alpha
         kind += f" with LoRA {adapter.files[0].name}, alpha {alpha}"
         source += f" with LoRA {lora}, alpha {alpha}"
     state = {key: value.to(dtype or value.dtype).contiguous() for key, value in state.items()}
@@ -221,103 +224,12 @@ def _load_backbone(
     return model.eval().requires_grad_(False), kind, files
 
 
-def load_vae(
-    folder: str | Path, info: ModelInfo | None = None, dtype: torch.dtype = torch.float32
-) -> StreamingDecoder:
-    """The decoder of a diffusers VAE folder. Raises CheckpointError, and SettingsError for a dtype that is none."""
-    vae = _pretrained(AutoencoderKLWan, Path(folder), dtype)
-    info = info or ModelInfo()
-    return StreamingDecoder(vae, info.latents_mean, info.latents_std)
-
-
-def load_text_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """The encoder of a transformers UMT5 folder; a decoder in the same files is left alone.
-
-    Raises CheckpointError, and SettingsError for a dtype that is none.
-    """
-    return TextEncoder(_pretrained(UMT5EncoderModel, Path(folder), dtype))
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise SettingsError(f"dtype is {dtype!r}: use one of torch's for weights, such as torch.bfloat16")
-
-
-def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    _check_dtype(dtype)
-    shapes = stored_shapes(find_weights(folder))
-    settings = read_json(folder / "config.json")
-    text = cls is UMT5EncoderModel
-    with _reading(cls, folder), torch.device("meta"):
-        blank = cls(UMT5Config(**settings)) if text else cls.from_config(settings)
-    wrong = naming.wrong_shapes(shapes, {key: value.shape for key, value in blank.state_dict().items()})
-    _refuse_misfit(cls, folder, wrong=wrong)
-    with _reading(cls, folder):
-        model, report = cls.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **{"dtype" if text else "torch_dtype": dtype},
-        )
-    unread = ("decoder.", "lm_head.") if text else ()
-    surplus = [key for key in report["unexpected_keys"] if not key.startswith(unread)]
-    _refuse_misfit(cls, folder, sorted(report["missing_keys"]), sorted(surplus))
-    check_finite(model.state_dict(), folder)
-    return model.eval().requires_grad_(False)
-
-
-def _refuse_misfit(
-    cls: type,
-    folder: Path,
-    missing: Iterable[str] = (),
-    surplus: Iterable[str] = (),
-    wrong: Iterable[str] = (),
-) -> None:
-    if problems := naming.misfit(missing, surplus, wrong):
-        raise CheckpointError(f"{folder} does not fit {cls.__name__}: {problems}. Use its own config.json")
-
-
-@contextmanager
-def _reading(cls: type, folder: Path) -> Iterator[None]:
-    """Turn what a library raises for files or settings that it cannot use into CheckpointError, and say no more."""
-    try:
-        with _silent():
-            yield
-    except MemoryError:
-        raise
-    except Exception as error:  # odd values of a config.json fail anywhere in it
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise CheckpointError(
-            f"{folder} cannot be read as {cls.__name__} ({reason}); use the config.json and weights of one model"
-        ) from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep both libraries from writing on stderr, where the message is ours."""
-    loggers = (transformers_logging, diffusers_logging)
-    levels, bars = (
-        [logger.get_verbosity() for logger in loggers],
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    for logger in loggers:
-        logger.set_verbosity(logger.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def read_outline(folder: str | Path) -> Outline:
     """The outline of a checkpoint folder, read from its JSON files. Raises CheckpointError where one does not fit."""
     root = Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a folder; give one with transformer/, vae/ and text_encoder/")
+    _refuse_other_layouts(root)
     model_json = root / "model.json"
     content = read_json(model_json) if model_json.is_file() else {}
     info = ModelInfo.parse({"name": plain_name(root.resolve().name)} | content, str(model_json))
@@ -328,7 +240,7 @@ def read_outline(folder: str | Path) -> Outline:
             f"text_len is {info.text_len} in {model_json} and {config.text_len} in {config_file}; make them agree"
         )
     settings = read_json(vae_file)
-    with _reading(AutoencoderKLWan, vae_file.parent), torch.device("meta"):
+    with reading(AutoencoderKLWan, vae_file.parent), torch.device("meta"):
         vae = AutoencoderKLWan.from_config(settings)
     decoder = StreamingDecoder(vae, info.latents_mean, info.latents_std)
     if decoder.latent_channels != config.in_channels:
@@ -337,6 +249,25 @@ def read_outline(folder: str | Path) -> Outline:
             "the parts of one model"
         )
     return Outline(info, config, decoder.temporal_stride, decoder.spatial_stride)
+
+
+def _refuse_other_layouts(root: Path) -> None:
+    """Raise CheckpointError for the original Wan's folders, and for a second backbone, which would be left out."""
+    if not (root / "transformer").exists() and (root / "config.json").is_file():
+        raise CheckpointError(
+            f"{root} is laid out as the original Wan publishes it, without transformer/, vae/ and text_encoder/: give "
+            f"the model's folder for diffusers (its name ends in -Diffusers), and these weights with --backbone {root}"
+        )
+    index = root / "model_index.json"
+    listed = read_json(index) if index.is_file() else {}
+    second = [str(root / "transformer_2")] if (root / "transformer_2").exists() else []
+    if listed.get("boundary_ratio") is not None:
+        second.append(f"boundary_ratio {listed['boundary_ratio']!r} in {index}")
+    if second:
+        raise CheckpointError(
+            f"{' and '.join(second)}: a second backbone for part of the noise levels, as Wan2.2-A14B has, is not "
+            "supported; use a model of one transformer, such as Wan2.1-T2V-1.3B or one distilled from it"
+        )
 
 
 def load_checkpoint(

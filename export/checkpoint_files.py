@@ -67,13 +67,16 @@ def read_weights(path: Path) -> Any:
         )
     _refuse_substitutes(file)
     try:
+        archive = zipfile.is_zipfile(file)
+        if archive:
+            _refuse_program(file)
         # Mapped, so that containers that are not wanted cost no memory.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         named = _GLOBAL.search(str(error))
         what = f"would run code when read: it names {named[1]}" if named else "is not plain tensors"
         raise CheckpointError(f"{file} {what}; convert it to safetensors where you trust it") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise _damaged(file, error) from error
 
 
@@ -106,6 +109,16 @@ def check_floating(kinds: Mapping[str, torch.dtype | str], source: object) -> No
         if not (kind.is_floating_point if isinstance(kind, torch.dtype) else "F" in kind):
             raise CheckpointError(
                 f"{source}: {name} is {kind}, and quantised weights are not supported; use the fp32 or bf16 file"
+            )
+
+
+def check_dense(state: Mapping[str, torch.Tensor], source: object) -> None:
+    """Raise CheckpointError where a tensor is sparse, or on the meta device and so without values."""
+    for name, value in state.items():
+        kind = "meta, without values" if value.is_meta else str(value.layout)
+        if value.is_meta or value.layout != torch.strided:
+            raise CheckpointError(
+                f"{source}: {name} is {kind}; save dense tensors, each `tensor.to_dense().cpu()`"
             )
 
 
@@ -160,14 +173,25 @@ def _refuse_substitutes(path: Path) -> None:
         raise CheckpointError(f"{path} is a web page, not the weights; download the file itself")
 
 
+def _refuse_program(archive: Path) -> None:
+    """Raise CheckpointError for a TorchScript archive, which torch.load would hand to torch.jit.load."""
+    with zipfile.ZipFile(archive) as members:
+        names = members.namelist()
+    if any(Path(name).name == "constants.pkl" for name in names):
+        raise CheckpointError(
+            f"{archive} is a TorchScript program; open it with torch.jit.load where you trust it, and save its "
+            "state_dict()"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where it is missing or something else."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} and should hold an object")
     return content
@@ -186,15 +210,17 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shards(index: Path) -> list[Path]:
-    return [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+    shards = [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+    for path in shards:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, but {index.name} lists it; download the shard")
+    return shards
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     listed = _weight_map(index)
     state: dict[str, torch.Tensor] = {}
     for path in _shards(index):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, but {index.name} lists it; download the shard")
         shard = _read_safetensors(path)
         stray = [key for key in shard if listed.get(key) != path.name]
         if stray:

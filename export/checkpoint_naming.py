@@ -150,7 +150,8 @@ def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
         return tensors, ""
     keys = listed(str(key) for key in content) or "nothing"
     raise CheckpointError(
-        f"{source} has no tensors; it holds {keys}. Containers looked for: {', '.join((*CONTAINERS, *AVERAGED))}"
+        f"{source} has no tensors; it holds {keys}. Save them alone, or below one of: "
+        f"{', '.join((*CONTAINERS, *AVERAGED))}"
     )
 
 
@@ -162,13 +163,14 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _grouped(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Flat keys `generator_ema.x` and `generator.x` (safetensors) as containers."""
+    """Flat keys such as `model_ema.x` and `model.x` (safetensors) as containers, where one tells them apart."""
     groups: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
         container, _, rest = str(key).partition(".")
-        if container in ("generator", "generator_ema") and rest:
+        if container in (*CONTAINERS, *AVERAGED) and rest:
             groups.setdefault(container, {})[rest] = value
-    return groups or content
+    averaged = any(recognise(map(strip, groups.get(name, ()))) for name in AVERAGED)  # not its decay alone
+    return groups if averaged or "generator" in groups else content
 
 
 def strip(key: str) -> str:
@@ -190,8 +192,8 @@ def to_wan(state: Mapping[str, Tensor], source: str, container: str = "") -> Nam
     naming = recognise(stripped)
     if naming is None:
         raise CheckpointError(
-            f"{source}: neither the original Wan nor the diffusers naming is recognised in its "
-            f"{len(state)} keys: {listed(state)}"
+            f"{source}: neither the original Wan nor the diffusers naming is recognised in its {len(state)} keys: "
+            f"{listed(state)}; rename them to one of these, such as blocks.0.self_attn.q.weight with nothing before it"
         )
     prefixes = sorted({key[: len(key) - len(strip(key))] for key in state} - {""})
     found = f"{naming} naming" + (f", container {container}" if container else "")

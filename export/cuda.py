@@ -190,9 +190,7 @@ class CudaEngine(TorchEngine):
 
     def crossed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """K and V of a prompt, for the lane."""
-        if self.lane.stream is not None:
-            for value in prompt.cross:
-                value.record_stream(self.lane.stream)
+        self.lane.borrow(*prompt.cross)
         k, v = prompt.cross
         return k, v
 
@@ -369,7 +367,8 @@ class CudaSession(TorchSession):
         """See `EngineSession.import_state`."""
         with self._changing():
             super().import_state(state)
-        self.lane.wait()  # the VAE's caches go to the other lane
+            self.decoding.borrow(*self.vae_caches or ())
+        self.lane.wait()
 
     def close(self) -> None:
         """See `EngineSession.close`."""

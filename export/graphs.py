@@ -379,10 +379,16 @@ def export_graph(graph: Graph, folder: Path, file: weights.WeightFile | None = N
 
 
 def _folds(node: ir.Node, parameters: set[str]) -> bool | None:
-    """Whether a node of constants may be computed at export: None leaves it to the optimizer, False forbids it."""
-    if node.op_type in REARRANGING:
+    """Whether a node of constants may be computed at export: None leaves it to the optimizer, False forbids it.
+
+    What a rearranged parameter becomes is one as well, and joins `parameters`.
+    """
+    if not any(value is not None and value.name in parameters for value in node.inputs):
         return None
-    return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+    if node.op_type not in REARRANGING:
+        return False
+    parameters.update(value.name for value in node.outputs if value.name)
+    return None
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import RLock
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from swiftvideo.runtime.engines.capturing import uncollected
 
 
 class Lane:
@@ -54,6 +55,12 @@ class Lane:
         self.wait()
         return host
 
+    def borrow(self, *values: Tensor) -> None:
+        """Tensors of another lane that this one reads from now on: their memory is not given away before it has."""
+        if self.stream is not None:
+            for value in values:
+                value.record_stream(self.stream)
+
     def wait(self) -> None:
         """Until all work so far is done."""
         if self.stream is not None:
@@ -74,16 +81,11 @@ class Lane:
                 work()
             self.wait()
             graph = torch.cuda.CUDAGraph()
-            collecting = gc.isenabled()
-            gc.disable()  # a collection would free others' graphs and tensors while this one is recorded
-            try:
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    work()
-            finally:
-                if collecting:
-                    gc.enable()
+            with (
+                uncollected(),
+                torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                work()
         return graph.replay
 
     def milliseconds(self, work: Callable[[], object], repeats: int) -> float:

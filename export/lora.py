@@ -1,7 +1,7 @@
 """LoRA adapters in peft's naming, merged into a backbone's weights.
 
 What scales an adapter is its alpha. peft keeps it in adapter_config.json, diffusers in the metadata of the weights
-file, others in a tensor beside each pair of matrices, and some nowhere.
+file, others in a tensor beside each pair of matrices, and some nowhere. One that is given comes before all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from swiftvideo.runtime.errors import CheckpointError
 
 from .checkpoint_files import (
+    check_dense,
     check_finite,
     check_floating,
     find_weights,
@@ -30,6 +31,8 @@ from .checkpoint_naming import State, from_diffusers, listed, strip, unwrap
 
 METADATA = "lora_adapter_metadata"
 """Key of a safetensors file's metadata under which diffusers keeps what peft keeps in adapter_config.json."""
+MERGED = "merge it into the backbone with peft (merge_and_unload) and give the result as --backbone, without --lora"
+CONVERTED = "load it with diffusers' WanPipeline.load_lora_weights and give what save_lora_weights writes"
 REMEDY = "pass the alpha that it was trained with (--lora-alpha)"
 
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
@@ -45,6 +48,12 @@ class Adapter:
     files: list[Path]
     """All that were read."""
 
+    @property
+    def alpha(self) -> str:
+        """What its files say of its alpha, for records: one number, or that there are several or none."""
+        several = any(key.endswith(".alpha") for key in self.state) or self.config.get("alpha_pattern")
+        return "its own" if several else str(self.config.get("lora_alpha", "its own"))
+
 
 def read_adapter(path: Path) -> Adapter:
     """An adapter from a weights file or a folder that holds one (`find_weights`). Raises CheckpointError."""
@@ -56,6 +65,7 @@ def read_adapter(path: Path) -> Adapter:
     else:
         config = _saved_config(files[0])
     state, _ = unwrap(read_weights(path), str(path), None)
+    check_dense(state, path)
     return Adapter(state, config, files)
 
 
@@ -65,7 +75,7 @@ def _saved_config(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {METADATA} is not JSON ({error}); save the adapter again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: {METADATA} holds {content!r} and should hold an object")
@@ -82,7 +92,7 @@ def merge_lora(
     """Weights with an adapter merged in: W + alpha / rank * B A, computed in float32.
 
     base: original Wan names. adapter: peft's names, `...lora_A[.name].weight` [rank, in] and `...lora_B` [out, rank],
-    over modules of either naming; `<module>.alpha` tensors are used where present. alpha: for all modules; else
+    over modules of either naming. alpha: for all modules; else `<module>.alpha` tensors, of any number's dtype; else
     `alpha_pattern` and `lora_alpha` of config (peft's settings); else the rank, that is, a scale of 1.
     Raises CheckpointError for halves without their partner, unknown modules, wrong shapes, an alpha that is no number,
     weights that are none, or what is not plain LoRA.
@@ -91,27 +101,32 @@ def merge_lora(
     for option in ("use_dora", "fan_in_fan_out"):
         if config.get(option):
             raise CheckpointError(
-                f"{source}: {option} is {config[option]!r}, which is not supported; merge it with peft"
+                f"{source}: {option} is {config[option]!r}, which is not supported; {MERGED}"
             )
     halves: dict[str, dict[str, Tensor]] = {}
+    matrices: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     surplus, names = [], set()
     for key, value in adapter.items():
         match = _KEY.match(key)
         if match:
             names.add(match["adapter"])
+            matrices[key] = value
             module = _module(match["module"])
             halves.setdefault(module, {})[match["half"]] = value
             patterned = _patterned(config, strip(match["module"]), source)
             if patterned is not None and alpha is None:
                 alphas.setdefault(module, patterned)
         elif key.endswith(".alpha") and value.numel() == 1:
-            alphas[_module(key.removesuffix(".alpha"))] = float(value)
+            own = _number(value.item(), key, source) if alpha is None else alpha
+            alphas[_module(key.removesuffix(".alpha"))] = own
         else:
             surplus.append(key)
+    if dora := [key for key in surplus if "magnitude" in key or key.endswith("dora_scale")]:
+        raise CheckpointError(f"{source}: {dora[0]} is of DoRA, which is not supported; {MERGED}")
     if surplus or not halves:
         raise CheckpointError(
-            f"{source}: not a LoRA in peft's naming; unknown keys: {listed(surplus) or 'it is empty'}"
+            f"{source}: not a LoRA in peft's naming; unknown keys: {listed(surplus) or 'it is empty'}; {CONVERTED}"
         )
     if len(names) > 1:
         raise CheckpointError(
@@ -121,12 +136,17 @@ def merge_lora(
         module for module in [*halves, *alphas] if module + ".weight" not in base or module not in halves
     ]
     if unknown:
-        raise CheckpointError(f"{source}: {len(unknown)} modules are not in the backbone: {listed(unknown)}")
+        raise CheckpointError(
+            f"{source}: {len(unknown)} modules are not in the backbone: {listed(unknown)}; use an adapter of its "
+            "architecture"
+        )
     single = [module for module, pair in halves.items() if len(pair) != 2]
     if single:
-        raise CheckpointError(f"{source}: {len(single)} modules lack lora_A or lora_B: {listed(single)}")
-    check_floating({key: value.dtype for key, value in adapter.items()}, source)
-    check_finite(adapter, source)
+        raise CheckpointError(
+            f"{source}: {len(single)} modules lack lora_A or lora_B: {listed(single)}; save or copy the adapter again"
+        )
+    check_floating({key: value.dtype for key, value in matrices.items()}, source)
+    check_finite(matrices, source)
     if alpha is None and "lora_alpha" in config:
         alpha = _number(config["lora_alpha"], "lora_alpha", source)
     merged = dict(base)

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SettingsError
+from swiftvideo.runtime.errors import BundleError, BundleMissingError, EngineUnavailableError, SettingsError
 from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.pipeline import EMBEDDED, Pipeline
 
@@ -30,12 +30,14 @@ from .models.schedule import TRAINING_STEPS, Schedule
 from .models.text import TextEncoder
 from .models.vae import StreamingDecoder
 from .torch_engine import TorchEngine
-from .weights import blank, config_of, restore
+from .weights import blank, blanks, config_of, restore
 
 M = TypeVar("M", bound=nn.Module)
 
 Read = Callable[[str], memoryview]
 """Bytes of a data file by its name beside the graphs, read once."""
+TIME_MLP = ("time_embedding.", "time_projection.")
+"""Parameters of a backbone that graphs leave out: they have its outputs for every step instead."""
 
 
 def open_torch(
@@ -91,6 +93,10 @@ def engine_of(manifest: Manifest, device: torch.device) -> TorchEngine:
     fill("decode", Decode(decoder))
     encoder = _text(manifest, config_of(_graph(manifest, "text_encoder"), "text_encoder"))
     fill("text_encoder", text_graph(encoder, manifest.geometry.text_len).module)
+    for part in (backbone, decoder, encoder):
+        lost = [name for name in blanks(part) if not (part is backbone and name.startswith(TIME_MLP))]
+        if lost:
+            raise BundleError(f"the bundle does not record {lost[0]}: export it again with this version")
     times = (denoise.e, denoise.e0)
     kind = TorchEngine if device.type == "cpu" else CudaEngine
     return kind(backbone, manifest.geometry, schedule, decoder, encoder.to(device), device, times)

@@ -78,7 +78,8 @@ def build_plans(
 
     target: h100, h200, or rtx:smNN with 80, 86, 89 or 120. plugins: False leaves our two ops as standard layers; the
     kernels that move cache rows are the engine's own and come in either case.
-    graphs: names; all of the bundle's by default. An earlier plan of the same graph, target and kind is replaced.
+    graphs: names; all of the bundle's by default. An earlier plan of the same graph and kind for the same product and
+    compute capability is replaced: one for h100 by one for h200.
 
     Raises:
         SettingsError: no such target.
@@ -306,7 +307,7 @@ def _run_child(
             [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(job)],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=_environment(target, work),
+            env=child_environment(target, work),
             text=True,
         )
         with child:
@@ -326,7 +327,7 @@ def _run_child(
     return child.returncode, problem
 
 
-def _environment(target: Target, work: Path) -> dict[str, str]:
+def child_environment(target: Target, work: Path) -> dict[str, str]:
     """The child's environment. TensorRT-RTX's parser opens its library by a name without version: give it a link."""
     environment = dict(os.environ)
     if target.flavour is not RTX:
@@ -378,11 +379,10 @@ def _add(manifest: Manifest, work: Path, built: list[Built]) -> None:
     """
     assert manifest.folder is not None
     fresh = [item.info for item in built]
-    keys = {(plan.graph, plan.target, plan.functions) for plan in fresh}
     kept: list[PlanInfo] = []
     stale: list[PlanInfo] = []
     for plan in plans_of(manifest):
-        (stale if (plan.graph, plan.target, plan.functions) in keys else kept).append(plan)
+        (stale if any(plan.serves_as(other) for other in fresh) else kept).append(plan)
     used = {name for plan in (*kept, *fresh) for name in (plan.file, plan.layers)}
     gone = {name for plan in stale for name in (plan.file, plan.layers)} - used
     made = measure_files(work, [f"kernels/{path.name}" for path in (work / "kernels").glob("*")])

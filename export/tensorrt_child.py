@@ -27,7 +27,7 @@ REPORT = "Layers:"
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (\w*), Inputs: (.*)$")
-_TYPE = re.compile(r"Datatype: (\w+)")
+_TENSOR = re.compile(r"(?:Dimensions: (\[[-\d,]*\])[^{}]*?)?Datatype: (\w+)")
 PLUGIN_LAYERS = ("custom_layer", "PluginV3", "PLUGIN_V3")
 """What the report calls a plugin, in either product."""
 
@@ -126,22 +126,31 @@ def read_kernels(folder: Path) -> dict[str, Kernel]:
 
 
 def parse_report(text: str) -> list[dict[str, Any]]:
-    """Layers of the builder's report: name, type, plugin (whether it is one), precision (of its outputs)."""
+    """Layers of the builder's report, as `_layer` gives them."""
     layers = []
     for line in text.splitlines():
         match = _LAYER.match(line)
         if match:
-            outputs = match[3].rpartition("Outputs: ")[2]
-            kinds = sorted(set(_TYPE.findall(outputs) or _TYPE.findall(match[3])))
-            layers.append(
-                {
-                    "name": match[1],
-                    "type": match[2],
-                    "plugin": match[2] in PLUGIN_LAYERS,
-                    "precision": "/".join(kinds),
-                }
+            inputs, outputs = match[3].split(", Constants: ")[0], match[3].rpartition("Outputs: ")[2]
+            read, written = (
+                [(m[2], m[1] or "[]") for m in _TENSOR.finditer(part)] for part in (inputs, outputs)
             )
+            layers.append(_layer(match[1], match[2], read, written))
     return layers
+
+
+def _layer(
+    name: str, kind: str, read: list[tuple[str, str]], written: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """name, type, plugin (whether it is one), precision (of its outputs), inputs and outputs as "Float[1,96,-1]"."""
+    return {
+        "name": name,
+        "type": kind,
+        "plugin": kind in PLUGIN_LAYERS,
+        "precision": "/".join(sorted({dtype for dtype, _ in written or read} - {""})),
+        "inputs": [dtype + shape for dtype, shape in read],
+        "outputs": [dtype + shape for dtype, shape in written],
+    }
 
 
 def inspected(trt: Any, logger: Any, plan: Any) -> list[dict[str, Any]]:
@@ -157,14 +166,17 @@ def parse_inspection(text: str) -> list[dict[str, Any]]:
     """Layers of the engine inspector's JSON, as `parse_report` gives them."""
     layers = []
     for layer in json.loads(text)["Layers"]:
-        kinds = {
-            str(output.get("Format/Datatype", "")).rpartition(" ")[2] for output in layer.get("Outputs", [])
-        }
-        kind = str(layer.get("LayerType", ""))
-        precision = "/".join(sorted(kinds - {""}))
-        layers.append(
-            {"name": layer["Name"], "type": kind, "plugin": kind in PLUGIN_LAYERS, "precision": precision}
+        read, written = (
+            [
+                (
+                    str(tensor.get("Format/Datatype", "")).rpartition(" ")[2],
+                    json.dumps(tensor.get("Dimensions", []), separators=(",", ":")),
+                )
+                for tensor in layer.get(side, [])
+            ]
+            for side in ("Inputs", "Outputs")
         )
+        layers.append(_layer(layer["Name"], str(layer.get("LayerType", "")), read, written))
     return layers
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Int64, Prompt
+from swiftvideo.runtime.engines.state import check_state
 from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError, SettingsError, UsageError
 from swiftvideo.runtime.geometry import Geometry
 
@@ -272,18 +273,19 @@ class TorchSession:
 
     def import_state(self, state: dict[str, NDArray[Any]]) -> None:
         """See `EngineSession.import_state`."""
-        if "cache_k" not in state or state["cache_k"].shape != tuple(self.cache_k.shape):
-            raise UsageError(
-                f"this state does not fit a cache of shape {tuple(self.cache_k.shape)}: restore it with the same model"
-            )
+        g, decoder = self.engine.geometry, self.engine.decoder
+        layers, batch, _, *heads = shape = tuple(self.cache_k.shape)
+        first, end = self._sink_rows()
+        vae = decoder.cache_shapes(batch, g.latent_height, g.latent_width) if decoder is not None else []
+        caches = {f"vae_cache_{index}": shape for index, shape in enumerate(vae)}
+        sink = {"sink_k": (layers, batch, end - first, *heads)}
+        check_state(state, {"cache_k": shape, "cache_v": shape}, sink, caches)
         dtype, tensor = self.cache_k.dtype, self.engine.tensor
         self.cache_k.copy_(tensor(state["cache_k"]))  # in place: captured graphs know where they lie
         self.cache_v.copy_(tensor(state["cache_v"]))
         self.sink_k = tensor(state["sink_k"]).to(dtype) if "sink_k" in state else None
-        count = sum(name.startswith("vae_cache_") for name in state)
-        vae_dtype = self.engine.decoder.dtype if self.engine.decoder else dtype
-        caches = [tensor(state[f"vae_cache_{index}"]).to(vae_dtype) for index in range(count)]
-        self.vae_caches = self._kept(caches)
+        vae_dtype = decoder.dtype if decoder is not None else dtype
+        self.vae_caches = self._kept([tensor(state[name]).to(vae_dtype) for name in caches if name in state])
 
     def close(self) -> None:
         """See `EngineSession.close`."""
@@ -310,6 +312,8 @@ def memory_for(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.AcceleratorError):  # a GPU that failed, whatever was asked of it
+            raise
         raise OutOfMemoryError(
             f"no memory for {what} ({error}): use a smaller batch, window or resolution"
         ) from error

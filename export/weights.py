@@ -154,13 +154,22 @@ def _tensor(value: ir.TensorProtocol) -> Tensor:
 def blank(module: M) -> M:
     """Give a module on the meta device parameters that are not a number, in place; they take no memory.
 
-    Whatever `restore` does not find stays so, and shows in everything that is computed with it.
+    Whatever `restore` does not find stays so; `blanks` lists it.
     """
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             nothing = torch.full((), math.nan, dtype=parameter.dtype).expand(parameter.shape)
             setattr(owner, name, nn.Parameter(nothing, requires_grad=False))
     return module.eval()
+
+
+def blanks(module: nn.Module) -> list[str]:
+    """Names of the parameters that are as `blank` left them."""
+    return [
+        name
+        for name, value in module.named_parameters()
+        if value.numel() and not any(value.stride()) and bool(value[(0,) * value.ndim].isnan())
+    ]
 
 
 def config_of(model: onnx.ModelProto, name: str) -> dict[str, Any]:

@@ -93,7 +93,10 @@ class EngineSession(Protocol):
         """All arrays that a later `import_state` needs, by name."""
 
     def import_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """Take the arrays of an `export_state` of an equal engine. Raises UsageError where they do not fit."""
+        """Take the arrays of an `export_state` of an equal engine.
+
+        Raises UsageError where they do not fit; nothing has changed then.
+        """
 
     def close(self) -> None:
         """Free the arrays; twice is fine."""

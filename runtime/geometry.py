@@ -9,6 +9,7 @@ from .errors import SettingsError
 from .plain import fits
 
 Policy = Literal["swift", "recache", "keep", "cut"]
+Mode = Literal["bridge-only", "bridge+micro-recache", "full-recache", "keep", "cut"]
 Positions = Literal["absolute", "windowed"]
 
 
@@ -133,9 +134,12 @@ def _check_types(settings: Any, name: str) -> None:
         _check(fits(hint, value), f"{name}.{field_} is {value!r}: use {_WORDS[kind]}")
 
 
+LIMIT = 1e6
+"""Scales of tokens stay below it, so that products are finite, and so do all settings that come over a network."""
+
+
 def _check_scale(name: str, value: float) -> None:
-    """Positive, and finite in float32, in which tokens are scaled."""
-    _check(0 < value < 2.0**127, f"{name} is {value}: it must be positive and below 1.7e38")
+    _check(0 < value < LIMIT, f"{name} is {value}: it must be positive and below a million")
 
 
 @dataclass(frozen=True, slots=True)

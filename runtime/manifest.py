@@ -115,11 +115,14 @@ class Manifest:
             BundleMissingError: no such folder, or no manifest in it.
             BundleVersionError: another schema, or keys that this version does not know.
             BundleIntegrityError: not JSON, keys missing, or values of the wrong type or range.
+            SettingsError: `folder` cannot be the name of one.
         """
-        folder = Path(folder)
-        path = folder / MANIFEST_NAME
         try:
+            folder = Path(folder)
+            path = folder / MANIFEST_NAME
             text = path.read_bytes()
+        except (TypeError, ValueError) as error:  # an object of another kind; a null byte
+            raise SettingsError(f"bundle {folder!r} ({error}): give the name of a folder") from error
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleMissingError(
                 f"no bundle at {str(folder)!r}: {path.name} is not there; "

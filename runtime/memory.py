@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 from ._core import Cache
 from .engine import EngineSession, Float32, Prompt
 from .errors import EngineError, SettingsError, UsageError
-from .geometry import Geometry, PolicySettings, WindowSettings
+from .geometry import Geometry, Mode, PolicySettings, WindowSettings
 from .positions import rotation, time_tables
 from .telemetry import Stopwatch
-
-Mode = Literal["bridge-only", "bridge+micro-recache", "full-recache", "keep", "cut"]
 
 SMALLEST_BRIDGE = 1e-3
 """A bridge whose scale fell below this is dropped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Literal
 
 from .engine import Engine, Prompt
 from .errors import BundleMissingError, ClosedError, SettingsError, UsageError
@@ -15,11 +15,12 @@ from .session import Session
 from .snapshot import read
 from .tokenizer import PromptTokenizer
 
+EngineName = Literal["auto", "onnxruntime", "tensorrt"]
 EMBEDDED = Path(__file__).parent / "bundles" / "default"
 """The model that the package carries."""
 
 
-def load(path: str | Path | None = None, engine: str = "auto", threads: int | None = None) -> Pipeline:
+def load(path: str | Path | None = None, engine: EngineName = "auto", threads: int | None = None) -> Pipeline:
     """Open a bundle, checking the hash of every file that is used.
 
     path: of a bundle's folder; None: the embedded model. engine: "onnxruntime", "tensorrt", or "auto": TensorRT where
@@ -29,7 +30,7 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
     Raises:
         BundleError: the bundle is missing, of another version, or was changed.
         EngineUnavailableError: the engine cannot run here.
-        SettingsError: no such engine.
+        SettingsError: no such engine, or `path` cannot be a name.
     """
     manifest = Manifest.load(EMBEDDED if path is None else path)
     if engine not in ("auto", "onnxruntime", "tensorrt"):
@@ -48,15 +49,23 @@ def load(path: str | Path | None = None, engine: str = "auto", threads: int | No
 
 
 class Pipeline:
-    """An engine with a bundle's tokenizer and settings. Sessions may run in different threads."""
+    """An engine with a bundle's tokenizer and settings. Sessions may run in different threads.
+
+    The pipeline closes the engine, also where it cannot be made. Raises BundleError where the tokenizer is missing or
+    was changed.
+    """
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
         self.engine = engine
         self.manifest = manifest
         self._closed = False
-        if not manifest.has(TOKENIZER_NAME):
-            raise BundleMissingError(f"the bundle lists no {TOKENIZER_NAME}: export it again")
-        self._tokenizer = PromptTokenizer(manifest.read_file(TOKENIZER_NAME), manifest.geometry.text_len)
+        try:
+            if not manifest.has(TOKENIZER_NAME):
+                raise BundleMissingError(f"the bundle lists no {TOKENIZER_NAME}: export it again")
+            self._tokenizer = PromptTokenizer(manifest.read_file(TOKENIZER_NAME), manifest.geometry.text_len)
+        except BaseException:
+            engine.close()
+            raise
 
     @property
     def geometry(self) -> Geometry:
@@ -80,7 +89,7 @@ class Pipeline:
         return self.engine.encode(ids, mask, text)
 
     def session(
-        self, prompt: str | Prompt, seed: int = 0, policy: PolicySettings | str | None = None
+        self, prompt: str | Prompt, seed: int = 0, policy: PolicySettings | Policy | None = None
     ) -> Session:
         """Start a video.
 
@@ -98,7 +107,7 @@ class Pipeline:
         if policy is None:
             policy = self.settings
         elif isinstance(policy, str):
-            policy = dataclasses.replace(self.settings, policy=cast(Policy, policy))
+            policy = dataclasses.replace(self.settings, policy=policy)
         elif not isinstance(policy, PolicySettings):
             raise SettingsError(f"policy is {policy!r}: give PolicySettings, the name of a policy, or None")
         return Session(self.engine, self.encode, policy, prompt, seed, self.manifest.fingerprint)
@@ -107,7 +116,7 @@ class Pipeline:
         """Continue a session that `Session.save` wrote, on the same bundle.
 
         Raises:
-            UsageError: the file is no saved session, or one of another bundle.
+            UsageError: the file is no saved session, one of another bundle, or was changed (its SHA-256 tells).
             OutOfMemoryError, ClosedError: as `session`.
         """
         self._check_open()

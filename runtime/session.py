@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Engine, Float32, Prompt
 from .errors import ClosedError, StoppedError, SwiftVideoError, UsageError
-from .geometry import Geometry, PolicySettings
-from .memory import Forward
+from .geometry import Geometry, Mode, PolicySettings
 from .noise import PhiloxNoise, checked_seed
 from .rollout import Rollout
 from .snapshot import Saved, put, save
@@ -42,7 +42,7 @@ class Chunk:
     """Which prompt made it, as `Session.prompt` numbers them; 0 is the first."""
     window: int
     """Latent frames that it looked back over, itself and the sink included."""
-    mode: str
+    mode: Mode | Literal[""]
     """How a new prompt took over with this chunk: "bridge-only", "bridge+micro-recache", "full-recache", "keep", "cut";
     empty in all other chunks."""
     rho: float | None
@@ -81,13 +81,19 @@ class Session:
         self._model = model
         self._closed = False
         self.interrupt: Callable[[], bool] | None = None
-        """Asked after every run of the backbone; once it says yes, the chunk is given up with StoppedError."""
+        """Asked after every run of the backbone; once it says yes, the chunk is given up with StoppedError. A closed
+        session has none."""
         self._running = RLock()
         """Held while a chunk is made, or the state is saved."""
         self._busy = False
         """Whether that is so: the lock alone does not keep out the thread that holds it."""
+        itself = weakref.proxy(self)  # else both would live until a cyclic collection, with all their prompts
         self._rollout = Rollout(
-            engine, settings, self._encoded(prompt), PhiloxNoise(self._seed, shape), observer=self._watch
+            engine,
+            settings,
+            self._encoded(prompt),
+            PhiloxNoise(self._seed, shape),
+            observer=lambda _: itself._watch(),
         )
 
     @property
@@ -109,6 +115,11 @@ class Session:
     def frame(self) -> int:
         """The next chunk's first latent frame."""
         return self._rollout.frame
+
+    @property
+    def asked(self) -> int:
+        """Prompts so far, the first included: the number that the next one gets."""
+        return self._rollout.asked
 
     @property
     def closed(self) -> bool:
@@ -175,11 +186,13 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write everything to a safetensors file, from which `Pipeline.restore` goes on byte for byte.
 
-        Only its owner may read the file, whatever the umask. The same engine, kind of processor and number of threads
+        path: of a file, or of a link to one; a file that is there is replaced in one step. Only its owner may read the
+        new one, whatever the umask. Its SHA-256 goes with it. The same engine, kind of processor and number of threads
         make the same bytes; with others, a frame's values may differ by one.
 
         Raises:
-            UsageError: the file cannot be written, or a prompt was made from embeddings.
+            UsageError: the file cannot be written, `path` is a folder, a pipe or a device, or a prompt was made from
+                embeddings.
             ClosedError: the session was closed.
         """
         self._alone(lambda: save(path, self._rollout, self._seed, self._settings, self._model))
@@ -193,7 +206,7 @@ class Session:
         self._closed = True  # at once, so that no further chunk begins
         with self._running:
             if not self._busy:  # else this very thread is in a chunk, which ends first
-                self._rollout.close()
+                self._free()
 
     def _alone(self, work: Callable[[], T], fatal: bool = False) -> T:
         """Do what nothing else may touch the session's arrays during. fatal: the session is closed if it fails."""
@@ -207,18 +220,22 @@ class Session:
             try:
                 made = work()
                 if self._closed:  # meanwhile; by this thread, it may be
-                    self._rollout.close()
+                    self._free()
                 return made
             except BaseException as error:
                 self._closed = self._closed or fatal
                 if self._closed:
                     try:
-                        self._rollout.close()
+                        self._free()
                     except SwiftVideoError as second:  # of the two, the first one tells what went wrong
                         error.add_note(f"then the session did not close: {second}")
                 raise
             finally:
                 self._busy = False
+
+    def _free(self) -> None:
+        self.interrupt = None  # whose owner may hold the session
+        self._rollout.close()
 
     def __enter__(self) -> Session:
         return self
@@ -228,7 +245,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def _watch(self, _: Forward) -> None:
+    def _watch(self) -> None:
         if self.interrupt is not None and self.interrupt():
             raise StoppedError("the chunk was given up, as the session's interrupt asked")
 

@@ -1,4 +1,4 @@
-"""A session in a file: safetensors arrays with the rest as JSON in their header. Never pickle.
+"""A session in a file: its arrays, and the rest as JSON (see tensorfile.py).
 
 A restored session continues byte for byte, on the same engine, kind of processor and number of threads; with others,
 a frame's values may differ by one. Prompts are saved as text and encoded again.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from . import tensorfile
 from .engine import Prompt
 from .errors import BundleError, SwiftVideoError, UsageError
+from .files import target
 from .geometry import PolicySettings
 from .manifest import settings_from
 from .noise import checked_seed
 from .rollout import Pending, Rollout
 
-FORMAT = "swiftvideo-session-1"
+FORMAT = "swiftvideo-session-2"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,11 +52,13 @@ class Saved:
 
 
 def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings, model: str) -> None:
-    """Write a rollout between two chunks, replacing a file of that name in one step.
+    """Write a rollout between two chunks, replacing a file of that name in one step; links are followed.
 
     Raises UsageError where a prompt has no text (it was made from embeddings and could not be encoded again), or where
     the file cannot be written.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"path is {path!r}: the name of a file is needed")
     asked, pending = rollout.waiting()
     for prompt in (rollout.prompt, *(item.prompt for item in pending)):
         if not prompt.text:
@@ -79,34 +81,19 @@ def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings
     tensors = {f"memory/{name}": value for name, value in arrays.items()}
     tensors |= {f"engine/{name}": value for name, value in rollout.tensors.export_state().items()}
     tensors["emitted"] = rollout.emitted
-    packed = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     try:
-        path = Path(path)
-        partial = Path(f"{path}.partial")
-    except TypeError as error:
-        raise UsageError(f"path is {path!r}: the name of a file is needed") from error
-    try:
-        save_file(packed, partial, {"format": FORMAT, "session": json.dumps(plain)})
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError, ValueError):  # of a name that cannot be
-            partial.unlink(missing_ok=True)
-        if isinstance(error, (OSError, ValueError, SafetensorError)):
-            raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
+        tensorfile.write(target(path), FORMAT, json.dumps(plain), tensors)
+    except UsageError:
         raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
 
 
 def read(path: str | Path) -> Saved:
     """What `save` wrote. Raises UsageError where the file is no saved session."""
+    text, arrays = tensorfile.read(path, FORMAT)
     try:
-        with safe_open(path, "numpy") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise UsageError(
-                    f"{path} has format {header.get('format')!r}, not {FORMAT!r}: it is no saved session"
-                )
-            plain: dict[str, Any] = json.loads(header["session"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        plain: dict[str, Any] = json.loads(text)
         plain["settings"] = settings_from(plain["settings"], f"{path}: settings")
         plain["pending"] = [
             (index(frame), index(number), str(text)) for frame, number, text in plain["pending"]
@@ -119,11 +106,7 @@ def read(path: str | Path) -> Saved:
         if min(counts) < 0 or max(counts) >= 1 << 62 or saved.number >= saved.asked:
             raise ValueError(f"number, asked, index and segment are {counts}")
         return saved
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is not there: save a session to it first") from error
-    except UsageError:
-        raise
-    except (OSError, SafetensorError, BundleError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (BundleError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is no saved session ({error}): save it again") from error
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import Any
 import grpc
 
 from swiftvideo.runtime.errors import ClosedError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .connection import metadata_of, open_channel
@@ -58,8 +60,11 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.closed = False
+        self.calls: set[_Call] = set()
+        """Those that have not ended, of dropped videos too."""
         self.metadata = metadata_of(token)
         self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key)
+        self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
 
     def generate(
         self,
@@ -68,15 +73,26 @@ class Client:
         *,
         credits: int = 3,
         encoding: EncodingName = "raw",
-        policy: pb.PolicySettings | str | None = None,
+        policy: pb.PolicySettings | Policy | None = None,
         linger: float = 30.0,
         chunks: int = 0,
         deadline: float | None = None,
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        return self._video(VideoState(start), deadline)
+
+    def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:
+        """Take up a session; arguments and errors as those of `swiftvideo.sdk.client.Client.reattach`."""
+        return self._video(VideoState.taken_up(token, next_chunk), deadline)
+
+    def _video(self, state: VideoState, deadline: float | None) -> Video:
         self.check_open()
-        check_seconds("deadline", deadline)
-        return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
+        if deadline is not None:
+            check_seconds("deadline", deadline)
+        video = Video(self, state, deadline)
+        self._videos.add(video)
+        return video
 
     async def describe(self) -> pb.DescribeResponse:
         """The model and the server's limits. Raises ServiceError."""
@@ -110,8 +126,7 @@ class Client:
             raise
 
     def open(self, requests: AsyncIterator[pb.GenerateRequest]) -> Any:
-        """The gRPC call of a session; used by `Video`. Raises ClosedError."""
-        self.check_open()
+        """The gRPC call of a session; used by `Video`."""
         call = self._channel.stream_stream(
             SERVICE + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )
@@ -123,9 +138,21 @@ class Client:
             raise ClosedError(f"the client of {self.address} was closed: make another one")
 
     async def close(self) -> None:
-        """Close the connection; twice is fine."""
+        """End the sessions of all videos, as `Video.close`, and close the connection; twice is fine.
+
+        Where no server answers it takes two seconds at most.
+        """
         self.closed = True
-        await self._channel.close()
+        calls = list(self.calls)
+        for call in calls:
+            call.stop()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSING):
+                    closing = (video.close() for video in list(self._videos))
+                    await asyncio.gather(*closing, *(call.join() for call in calls))
+        finally:
+            await self._channel.close()
 
     async def __aenter__(self) -> Client:
         return self
@@ -147,6 +174,8 @@ class _Call:
         for message in opening:
             self.send(message)
         self._call = client.open(_until_none(self._requests))
+        self._running = client.calls
+        self._running.add(self)
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -160,6 +189,7 @@ class _Call:
         finally:
             self._inbox.put_nowait(None)
             self._requests.put_nowait(None)  # ends the task that gRPC writes in
+            self._running.discard(self)
 
     def send(self, message: pb.GenerateRequest) -> None:
         """Write. What a broken call loses is repeated by `VideoState.opening`, or means nothing there."""
@@ -201,8 +231,8 @@ class Video:
     A chunk counts as presented when the next one is asked for.
     """
 
-    def __init__(self, client: Client, start: pb.Start, deadline: float | None = None) -> None:
-        self.state = VideoState(start)
+    def __init__(self, client: Client, state: VideoState, deadline: float | None = None) -> None:
+        self.state = state
         self._client = client
         self._deadline = deadline
         self._turn = asyncio.Lock()
@@ -215,6 +245,11 @@ class Video:
     def session_id(self) -> str:
         """Of the server; empty until the first chunk."""
         return "" if self.state.started is None else self.state.started.session_id
+
+    @property
+    def resume_token(self) -> str:
+        """For `Client.reattach`: a secret. Empty until the first chunk."""
+        return "" if self.state.started is None else self.state.started.resume_token
 
     async def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
@@ -300,6 +335,7 @@ class Video:
         self._connected().send(message)
 
     def _check_open(self) -> None:
+        self._client.check_open()
         if self._closed:
             raise ClosedError("this video was closed: generate another one")
 
@@ -317,7 +353,7 @@ class Video:
         if self._call is None:
             return
         if self.state.ended is None:
-            with contextlib.suppress(TimeoutError, ClosedError):
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSING):
                     self._call.stop()
                     await self._call.join()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from swiftvideo.runtime import Chunk, Pipeline, PromptError, Session, UsageError
+from swiftvideo.runtime.geometry import Policy
 
 from .engines import open_pipeline
 from .limits import cpu_limits, gpu_of
@@ -46,7 +47,7 @@ def check_json(path: Path) -> Path:
 def measure(
     bundle: Path | None = None,
     chunks: int | None = None,
-    policy: str | None = None,
+    policy: Policy | None = None,
     engine: str = "auto",
     threads: int | None = None,
     memory_chunks: int = MEMORY_TO,
@@ -189,7 +190,7 @@ def _switches(session: Session, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def _memory(
-    pipeline: Pipeline, prompts: Sequence[str], policy: str | None, chunks: int
+    pipeline: Pipeline, prompts: Sequence[str], policy: Policy | None, chunks: int
 ) -> list[dict[str, Any]]:
     """Memory of this process after chunks `MEMORY_FROM` and `chunks`, with a switch every `BETWEEN` chunks."""
     rows = []

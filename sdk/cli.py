@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
+from swiftvideo.runtime.geometry import Policy
 
 from .machine import version
 from .parts import needing, silence_grpc
+from .progress import say, telling
 from .server.command import serve
 
 app = typer.Typer(
@@ -106,11 +107,10 @@ def generate(
     ] = None,
 ) -> None:
     """Make a video. Prompts take effect at chunk boundaries; Ctrl-C keeps what was made."""
-    from .output import check_output
-    from .story import override, read_story, story_from_options
+    with telling(as_json) as bar:
+        from .output import check_output
+        from .story import override, read_story, story_from_options
 
-    progress = _Progress(enabled=not as_json)
-    try:
         if story is not None and (prompt or at):
             raise UsageError("--story with --prompt or --at: use either the file or the options")
         if story is None and not prompt:
@@ -126,14 +126,14 @@ def generate(
             if bundle is not None or threads is not None or engine != "auto":
                 raise UsageError("--bundle, --engine and --threads do not go with --server: leave them out")
             silence_grpc()
-            with needing("serve", "--server"), progress:
+            with needing("serve", "--server"):
                 from .client import Client
                 from .generate_remote import generate_on
 
                 with Client(
                     server, token, tls=tls, root=root, certificate=client_certificate, key=client_key
                 ) as client:
-                    report = generate_on(client, told, out, contact_sheet, progress.update)
+                    report = generate_on(client, told, out, contact_sheet, bar.update)
         else:
             if any(value is not None for value in (tls, root, client_certificate, client_key)):
                 raise UsageError(
@@ -142,84 +142,11 @@ def generate(
             from .engines import open_pipeline
             from .generate import generate as work
 
-            with open_pipeline(bundle, engine, threads) as pipeline, progress:
-                report = work(pipeline, told, out, contact_sheet, progress.update)
-    except SwiftVideoError as error:
-        if as_json:
-            typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
-        if progress.report is not None and progress.report.frames:
-            kept = progress.report
-            typer.echo(f"{kept.frames} frames made before the error are kept in {kept.video}", err=True)
-        raise
-    if as_json:
-        typer.echo(json.dumps(report.as_json()))
-    else:
-        _say(report)
+            with open_pipeline(bundle, engine, threads) as pipeline:
+                report = work(pipeline, told, out, contact_sheet, bar.update)
+    say(report, as_json)
     if report.interrupted:
         raise typer.Exit(128 + report.interrupted)
-
-
-class _Progress:
-    """The bar on stderr: frames, frames per second, window and how the last prompt took over."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.report: Any = None
-        self._enabled = enabled
-        self._bar = Progress(
-            TextColumn("{task.fields[prompt]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} frames {task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
-        self._mode = ""
-
-    def update(self, chunk: Any, report: Any) -> None:
-        self.report = report
-        if not self._enabled:
-            return
-        if self._task is None:
-            self._bar.start()  # not before: an empty bar leaves an empty line
-            self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
-        self._mode = chunk.mode or self._mode
-        state = f"{report.rate:5.1f} fps  window {chunk.window:2d}  {self._mode}"
-        text = report.prompt if len(report.prompt) <= 40 else report.prompt[:39] + "…"
-        self._bar.update(self._task, completed=report.frames, prompt=_plain(text), state=state)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._bar.stop()
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _say(report: Any) -> None:
-    """The outcome, for people."""
-    if report.interrupted:
-        kept = f"kept what was made in {report.video}" if report.frames else "nothing was made yet"
-        typer.echo(f"interrupted after {report.frames} of {report.planned} frames: {kept}")
-    if not report.frames:
-        return
-    for switch in report.switches:
-        strength = "" if switch.rho is None else f", rho {switch.rho:.2f}"
-        typer.echo(
-            f"{switch.shown:7.2f} s  {switch.prompt}  (asked for at {switch.asked:g} s; {switch.mode}{strength})"
-        )
-    typer.echo(
-        f"{report.video}: {report.frames} frames, {report.frames / report.fps:.2f} s at {report.fps} fps, "
-        f"{report.width}x{report.height}, {report.codec}; made at {report.rate:.1f} frames per second "
-        f"with {report.engine}{f' on {report.server}' if report.server else ''}, decoding and writing included"
-    )
-    if report.sheet is not None:
-        typer.echo(f"{report.sheet}: contact sheet")
 
 
 @app.command()
@@ -370,7 +297,7 @@ def bench(
     if json_file is not None:
         check_json(json_file)
     with cleaning_up(), measured_bundle(bundle, model, random, height, width, dtype) as folder:
-        result = measure(folder, chunks, policy, engine, threads, memory_chunks, seconds)
+        result = measure(folder, chunks, cast(Policy | None, policy), engine, threads, memory_chunks, seconds)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -13,11 +13,11 @@ A broken connection is made again and the session goes on where it was, without 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import Any
 import grpc
 
 from swiftvideo.runtime.errors import ClosedError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .connection import metadata_of, open_channel
@@ -72,8 +73,13 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.closed = False
+        self.calls: set[_Call] = set()
+        """Those that have not ended, of dropped videos too."""
         self.metadata = metadata_of(token)
         self._channel = open_channel(grpc, address, token, tls, root, certificate, key)
+        self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        """Held while a video is begun: `close` sees it, or it is refused."""
 
     def generate(
         self,
@@ -82,7 +88,7 @@ class Client:
         *,
         credits: int = 3,
         encoding: EncodingName = "raw",
-        policy: pb.PolicySettings | str | None = None,
+        policy: pb.PolicySettings | Policy | None = None,
         linger: float = 30.0,
         chunks: int = 0,
         deadline: float | None = None,
@@ -97,8 +103,26 @@ class Client:
         Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
         ClosedError after `close`.
         """
-        check_seconds("deadline", deadline)
-        return Video(self, start_of(prompt, seed, credits, encoding, policy, linger, chunks), deadline)
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        return self._video(VideoState(start), deadline)
+
+    def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:
+        """Take up a session that another client began, here or in another process, with the prompts it has.
+
+        token: its `Video.resume_token`. next_chunk: the first one that was not received there; those before it count as
+        presented. The call that has it ends with SessionLostError. Raises that, too, at the first chunk, where the
+        session is over; RefusedError for a chunk that is not kept; else as `generate`.
+        """
+        return self._video(VideoState.taken_up(token, next_chunk), deadline)
+
+    def _video(self, state: VideoState, deadline: float | None) -> Video:
+        if deadline is not None:
+            check_seconds("deadline", deadline)
+        with self._lock:
+            self.check_open()
+            video = Video(self, state, deadline)
+            self._videos.add(video)
+        return video
 
     def describe(self) -> pb.DescribeResponse:
         """The model and the server's limits. Raises ServiceError."""
@@ -124,8 +148,7 @@ class Client:
             raise error_from(error) from error
 
     def open(self, requests: Iterator[pb.GenerateRequest]) -> Any:
-        """The gRPC call of a session; used by `Video`. Raises ClosedError."""
-        self.check_open()
+        """The gRPC call of a session; used by `Video`."""
         call = self._channel.stream_stream(
             SERVICE + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )
@@ -137,9 +160,23 @@ class Client:
             raise ClosedError(f"the client of {self.address} was closed: make another one")
 
     def close(self) -> None:
-        """Close the connection; twice is fine."""
-        self.closed = True
-        self._channel.close()
+        """End the sessions of all videos, as `Video.close`, and close the connection; twice is fine.
+
+        Where no server answers it takes two seconds at most.
+        """
+        end = time.monotonic() + CLOSING
+        with self._lock:
+            self.closed = True
+            videos, calls = list(self._videos), list(self.calls)
+        try:
+            for call in calls:  # all of them before the first wait: they end side by side
+                call.stop()
+            for video in videos:
+                video.end(end)
+            for call in calls:
+                call.join(end - time.monotonic())
+        finally:
+            self._channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -161,6 +198,8 @@ class _Call:
         for message in opening:
             self.send(message)
         self._call = client.open(iter(self._requests.get, None))
+        self._running = client.calls
+        self._running.add(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -173,6 +212,7 @@ class _Call:
         finally:
             self._inbox.put(None)
             self._requests.put(None)  # ends the thread that gRPC writes in
+            self._running.discard(self)
 
     def send(self, message: pb.GenerateRequest) -> None:
         """Write. What a broken call loses is repeated by `VideoState.opening`, or means nothing there."""
@@ -208,8 +248,8 @@ class Video:
     is asked for.
     """
 
-    def __init__(self, client: Client, start: pb.Start, deadline: float | None = None) -> None:
-        self.state = VideoState(start)
+    def __init__(self, client: Client, state: VideoState, deadline: float | None = None) -> None:
+        self.state = state
         self._client = client
         self._deadline = deadline
         self._lock = threading.RLock()
@@ -223,6 +263,11 @@ class Video:
     def session_id(self) -> str:
         """Of the server; empty until the first chunk."""
         return "" if self.state.started is None else self.state.started.session_id
+
+    @property
+    def resume_token(self) -> str:
+        """For `Client.reattach`: a secret. Empty until the first chunk."""
+        return "" if self.state.started is None else self.state.started.resume_token
 
     def prompt(self, text: str, at_chunk: int = 0) -> str:
         """Change the prompt, from chunk `at_chunk` or the next one that is not made yet; its id.
@@ -323,28 +368,31 @@ class Video:
             self._send(message)
 
     def _check_open(self) -> None:
+        self._client.check_open()
         if self._closed:
             raise ClosedError("this video was closed: generate another one")
 
     def close(self) -> None:
         """End the session on the server; twice is fine. Where no server answers it takes two seconds at most."""
+        self.end(time.monotonic() + CLOSING)
+
+    def end(self, until: float) -> None:
+        """`close`, waiting until that moment of the monotonic clock at most."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         assert self._call is not None
         if self.state.ended is None:
-            end = time.monotonic() + CLOSING
             self._call.stop()
-            self._call.join(CLOSING)
-            with contextlib.suppress(ClosedError):
-                for pause in BACKOFF:
-                    if not self.state.was_cut(self._call.error) or time.monotonic() + pause > end:
-                        break
-                    time.sleep(pause)
-                    self._connect()
-                    self._call.stop()
-                    self._call.join(end - time.monotonic())
+            self._call.join(until - time.monotonic())
+            for pause in BACKOFF:
+                if not self.state.was_cut(self._call.error) or time.monotonic() + pause > until:
+                    break
+                time.sleep(pause)
+                self._connect()
+                self._call.stop()
+                self._call.join(until - time.monotonic())
         self._call.cancel()
 
     def __del__(self) -> None:

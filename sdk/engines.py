@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from swiftvideo.runtime import Pipeline, load
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.pipeline import EngineName
 
 from .parts import needing
 
@@ -25,7 +27,7 @@ def open_pipeline(bundle: Path | None = None, engine: str = "auto", threads: int
     if engine not in ENGINES:
         raise SettingsError(f"engine is {engine!r}: use {', '.join(map(repr, ENGINES))}")
     if engine not in TORCH:
-        return load(bundle, engine, threads)
+        return load(bundle, cast(EngineName, engine), threads)
     with needing("export", f"engine {engine!r}"):
         from swiftvideo.export.restore import open_torch
 

@@ -136,7 +136,7 @@ def generate(
     def chunks() -> Iterator[Iterator[Item]]:
         with pipeline.session(story.cues[0].prompt, story.seed, story.policy) as session:
             for shot in shots[1:]:
-                session.prompt(shot.cue.prompt, at_frame=shot.frame)
+                session.prompt(shot.cue.prompt, at_frame=shot.boundary)
             yield ((chunk.prompt_id, chunk.frames, chunk) for chunk in session)
 
     report = Report(

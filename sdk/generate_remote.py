@@ -17,6 +17,9 @@ from .client import Client, Video
 from .generate import Item, OnChunk, Report, record
 from .story import Shot, Story, schedule, video_frames
 
+AHEAD = 32
+"""Prompts that are sent before their turn: a chunk's window depends on the next one, and servers let 64 wait."""
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteClock:
@@ -56,9 +59,10 @@ def generate_on(
     @contextmanager
     def chunks() -> Iterator[Iterator[Item]]:
         first = story.cues[0].prompt
-        with client.generate(first, story.seed, policy=story.policy, chunks=count) as video:
-            ids = ["", *(video.prompt(shot.cue.prompt, shot.boundary // clock.chunk) for shot in shots[1:])]
-            yield _items(video, shots, ids)
+        # with one credit no chunk but the first, whose window is whole, is made before the prompts are heard
+        credits = 1 if len(shots) > 1 else 3
+        with client.generate(first, story.seed, credits=credits, policy=story.policy, chunks=count) as video:
+            yield _items(video, shots, clock.chunk)
 
     report = Report(
         *(Path(out), geometry.width, geometry.height, geometry.fps, story.seed, story.policy, about.engine),
@@ -68,8 +72,16 @@ def generate_on(
     return record(chunks(), shots, report, contact_sheet, on_chunk)
 
 
-def _items(video: Video, shots: tuple[Shot, ...], ids: list[str]) -> Iterator[Item]:
-    for chunk in video:
+def _items(video: Video, shots: tuple[Shot, ...], length: int) -> Iterator[Item]:
+    """Chunks of `length` latent frames, each asked for after the prompts that a session here would know by then."""
+    ids, number = [""], 0
+    while True:
+        for shot in shots[len(ids) : number + 1 + AHEAD]:
+            ids.append(video.prompt(shot.cue.prompt, shot.boundary // length))
+        chunk = next(video, None)
         for id, reason in video.state.rejected.items():
             raise PromptError(f"prompt {shots[ids.index(id)].cue.prompt!r} was refused: {reason}")
-        yield ids.index(chunk.prompt_id), np.asarray(chunk.frames), chunk
+        if chunk is None:
+            return
+        number = ids.index(chunk.prompt_id, number)
+        yield number, np.asarray(chunk.frames), chunk

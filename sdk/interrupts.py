@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command the same way: as KeyboardInterrupt, so that everything is closed and cleaned up."""
+"""SIGINT, SIGTERM and SIGHUP end a command the same way: as KeyboardInterrupt, so that all is closed and cleaned up."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, but never in the middle of a write.
+    """Turns SIGINT, SIGTERM and SIGHUP (a closed terminal) into KeyboardInterrupt, with the signal's number, but never
+    in the middle of a write.
 
     Outside the main thread signals cannot be caught; there it does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received = 0
@@ -29,7 +30,7 @@ class Interrupts:
             self._old = {
                 number: signal.signal(number, self._handle)
                 for number in self.SIGNALS
-                if signal.getsignal(number) is not signal.SIG_IGN  # as a shell's background jobs have it
+                if signal.getsignal(number) is not signal.SIG_IGN  # as background jobs and nohup have it
             }
         return self
 
@@ -40,7 +41,7 @@ class Interrupts:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = number
         if not self._shielded:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
     @contextmanager
     def shield(self, last: bool = False) -> Iterator[None]:
@@ -51,12 +52,12 @@ class Interrupts:
         finally:
             self._shielded = False
         if self.received and not last:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.received)
 
 
 @contextmanager
 def cleaning_up() -> Iterator[None]:
-    """SIGINT and SIGTERM end what is inside, which removes what it had begun, and then the command."""
+    """SIGINT, SIGTERM and SIGHUP end what is inside, which removes what it had begun, and then the command."""
     with Interrupts() as interrupts:
         try:
             yield

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import Message
 
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .protocol import MAX_TEXT
@@ -36,10 +38,10 @@ def filled(kind: type[M], **fields: Any) -> M:
     return message
 
 
-def check_seconds(name: str, value: float | None) -> None:
-    """Raises SettingsError where a time is no number of seconds, or would not fit into a message; None is fine."""
-    if value is not None and not 0 <= value <= LONGEST:
-        raise SettingsError(f"{name} is {value!r}: use 0 to {LONGEST} seconds")
+def check_seconds(name: str, value: object) -> None:
+    """Raises SettingsError where a time is no number of seconds, or would not fit into a message."""
+    if not isinstance(value, Real) or not 0 <= float(value) <= LONGEST:
+        raise SettingsError(f"{name} is {value!r:.60}: use 0 to {LONGEST} seconds")
 
 
 def check_text(name: str, text: object) -> None:
@@ -56,7 +58,7 @@ def start_of(
     seed: int,
     credits: int,
     encoding: str,
-    policy: pb.PolicySettings | str | None,
+    policy: pb.PolicySettings | Policy | None,
     linger: float,
     chunks: int,
 ) -> pb.Start:

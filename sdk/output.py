@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
+from swiftvideo.runtime.files import target
 
 
 class OutputError(SwiftVideoError):
@@ -23,17 +24,14 @@ def check_output(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"output {str(path)!r}: the name must end in {' or '.join(suffixes)}")
     try:
-        real = Path(os.path.realpath(path))  # a link may lead to where nothing is yet
-        exists = real.exists()
+        real = target(path)
+    except UsageError as error:
+        raise UsageError(f"output {error}") from error
     except (OSError, ValueError) as error:
         raise OutputError(f"output {str(path)!r}: {error}; choose another name") from error
-    if real.is_dir():
-        raise UsageError(f"output {str(path)!r} is a folder: give a file's name")
-    if exists and not real.is_file():
-        raise UsageError(f"output {str(path)!r} is a pipe or a device: give a file's name")
     folder = path.parent if real.parent == Path(os.path.realpath(path.parent)) else real.parent
     if not folder.is_dir():
         raise OutputError(f"folder {str(folder)!r} is not there: make it first, mkdir -p {folder}")
-    if not os.access(real if exists else folder, os.W_OK):
+    if not os.access(real if real.exists() else folder, os.W_OK):
         raise OutputError(f"{str(path)!r} cannot be written: change its permissions or choose another folder")
     return path

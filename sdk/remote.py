@@ -16,11 +16,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import grpc
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
+from swiftvideo.runtime.geometry import Mode
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .messages import EncodingName, check_text, filled
@@ -159,7 +160,7 @@ class RemoteChunk:
     prompt_id: str
     """As `prompt` returned it; empty for the first prompt."""
     window: int
-    mode: str
+    mode: Mode | Literal[""]
     """How a new prompt took over with this chunk; empty in all other chunks."""
     rho: float | None
     """Strength of that switch, 0 to 1, or None."""
@@ -204,6 +205,17 @@ class VideoState:
         """When the outage began that is under way."""
         self._attempts = 0
         """Reconnects since the last chunk."""
+
+    @classmethod
+    def taken_up(cls, token: str, next_chunk: int) -> VideoState:
+        """Of a session that another client began. Raises SettingsError for what cannot be sent."""
+        check_text("resume token", token)
+        reattach = filled(pb.Reattach, resume_token=token, next_chunk=next_chunk)
+        state = cls(pb.Start())
+        state.started = pb.Started(resume_token=reattach.resume_token)
+        state.next_chunk = reattach.next_chunk
+        state.presented = state.next_chunk - 1
+        return state
 
     @property
     def can_resume(self) -> bool:
@@ -339,7 +351,7 @@ class VideoState:
             encoding=NAMES[encoding],
             prompt_id=chunk.prompt_id,
             window=chunk.window,
-            mode=chunk.mode,
+            mode=cast(Mode, chunk.mode),
             rho=rho,
             timings={stage: milliseconds / 1000 for stage, milliseconds in took.items()},
         )

@@ -15,11 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, get_args
 
 import yaml
 
 from swiftvideo.runtime.errors import UsageError
+from swiftvideo.runtime.geometry import Policy
 
 _TIME = re.compile(
     r"(?=[\d.])(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d*\.?\d+)s)?(?:(\d*\.?\d+)ms)?", re.ASCII | re.IGNORECASE
@@ -28,7 +29,7 @@ LONGEST = 366 * 86400.0
 """Seconds of a story or a time in one."""
 _KEYS = ("prompts", "seconds", "seed", "policy")
 _CUE_KEYS = ("prompt", "at")
-POLICIES = ("swift", "recache", "keep", "cut")
+POLICIES: tuple[str, ...] = get_args(Policy)
 TAIL = 4.0
 """Seconds after the last prompt at which a story ends that does not say so."""
 
@@ -52,7 +53,7 @@ class Story:
     cues: tuple[Cue, ...]
     seconds: float
     seed: int = 0
-    policy: str | None = None
+    policy: Policy | None = None
     """None means the bundle's."""
 
     def __post_init__(self) -> None:
@@ -120,7 +121,9 @@ def story_from_options(
         )
     times = [0.0, *(parse_time(time) for time in at)]
     cues = tuple(Cue(prompt, time) for prompt, time in zip(prompts, times, strict=False))
-    return Story(cues, _end(cues) if seconds is None else parse_time(seconds), seed, policy)
+    return Story(
+        cues, _end(cues) if seconds is None else parse_time(seconds), seed, cast(Policy | None, policy)
+    )
 
 
 def override(story: Story, seconds: str | None, seed: int | None, policy: str | None) -> Story:
@@ -129,7 +132,7 @@ def override(story: Story, seconds: str | None, seed: int | None, policy: str | 
         story.cues,
         story.seconds if seconds is None else parse_time(seconds),
         story.seed if seed is None else seed,
-        story.policy if policy is None else policy,
+        story.policy if policy is None else cast(Policy, policy),
     )
 
 
@@ -237,10 +240,8 @@ class Shot:
     """A cue on a model's clock."""
 
     cue: Cue
-    frame: int
-    """Latent frame to ask for: the first that begins at or after the cue."""
     boundary: int
-    """Latent frame of the chunk boundary at which it takes effect."""
+    """Latent frame of the chunk boundary at which it takes effect, and for which it is asked."""
     first_frame: int
     """Video frame shown first under this prompt."""
 
@@ -278,7 +279,7 @@ def schedule(story: Story, geometry: Clock) -> tuple[Shot, ...]:
                 f"prompt {cue.prompt!r} at {cue.at:g} s would take effect at {first / geometry.fps:.2f} s, the next "
                 f"chunk boundary, and the video ends at {story.seconds:g} s: raise seconds or start it earlier"
             )
-        shots.append(Shot(cue, frame, boundary, first))
+        shots.append(Shot(cue, boundary, first))
     return tuple(shots)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -71,17 +72,22 @@ class VideoWriter:
         codec: an FFmpeg encoder; None chooses (`choose_codec`).
 
     Raises:
-        UsageError: the path's suffix, or odd sizes.
+        UsageError: the path's suffix, odd sizes, or a rate that is no whole number.
         OutputError: the folder is missing or not writable, or the encoder is not there.
     """
 
     def __init__(self, path: str | Path, width: int, height: int, fps: int, codec: str | None = None) -> None:
         self.path = check_output(path, (".mp4",))
+        try:
+            self.width, self.height, self.fps = (operator.index(value) for value in (width, height, fps))
+        except TypeError as error:
+            raise SettingsError(
+                f"video of {width}x{height} at {fps!r} frames per second: whole numbers are needed"
+            ) from error
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise SettingsError(f"video of {width}x{height}: both sizes must be even and at least 2")
         if fps < 1:
             raise SettingsError(f"fps is {fps}: at least 1 is needed")
-        self.width, self.height, self.fps = width, height, fps
         self.codec = codec or choose_codec()
         self.frames = 0
         """Frames written so far."""
@@ -144,7 +150,10 @@ class VideoWriter:
             raise OutputError(f"{str(self.path)!r}: writing failed, {_reason(error)}") from error
 
     def close(self) -> None:
-        """Finish the file; without any frame none is left, and one that was there stays. Twice is fine."""
+        """Finish the file; without any frame none is left, and one that was there stays. Twice is fine.
+
+        Raises OutputError, unless `write` has: what went wrong there makes this fail, too.
+        """
         if self._closed:
             return
         self._closed = True
@@ -153,7 +162,8 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
         except (FFmpegError, OSError) as error:
-            raise OutputError(f"{str(self.path)!r}: closing failed, {_reason(error)}") from error
+            if not self._failed:
+                raise OutputError(f"{str(self.path)!r}: closing failed, {_reason(error)}") from error
         finally:
             if not self.frames and not self._existed:
                 self.path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import av
@@ -81,6 +82,16 @@ def test_the_sample_that_switches(tmp_path: Path) -> None:
 @embedded
 def test_the_sample_that_resumes(tmp_path: Path) -> None:
     assert "same to the byte" in run(sys.executable, str(ROOT / "samples/resume.py"), "s", cwd=tmp_path)
+
+
+def test_users_are_told_to_install_extras_that_exist_and_types_that_are_seen() -> None:
+    """Type checkers do not follow the hook of an editable installation."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pages = [README, *((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("export", "service"))]
+    told = [told for page in pages for told in re.findall(r"pip install ([^`\n]*)", page)]
+    extras = {extra for each in told for extra in re.findall(r"\[(.*?)\]", each)}
+    assert not [each for each in told if "-e" in each.split()]
+    assert {"serve", "export"} <= extras <= set(project["optional-dependencies"])
 
 
 def test_files_named_in_the_readme_exist() -> None:

@@ -21,6 +21,8 @@ from torch.nn import functional
 from swiftvideo.runtime.errors import PromptError, SettingsError
 from swiftvideo.runtime.geometry import Geometry
 
+from .casts import added, scaled
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B,N,n,d], k [B,K,n,d], v [B,K,n,d]) -> o [B,N,n,d]."""
 
@@ -56,8 +58,14 @@ class BackboneConfig:
             )
         if self.freq_dim % 2 or self.freq_dim < 2:
             raise SettingsError(f"freq_dim is {self.freq_dim}: it must be even")
-        if self.patch[0] != 1:
-            raise SettingsError(f"patch is {self.patch}: only one latent frame per patch is supported")
+        whole = len(self.patch) == 3 and all(type(size) is int and size > 0 for size in self.patch)
+        if not whole or self.patch[0] != 1:
+            raise SettingsError(
+                f"patch is {self.patch}: three whole numbers are needed, the first of them 1, for only one latent "
+                "frame per patch is supported"
+            )
+        if not 0 < self.eps < math.inf:
+            raise SettingsError(f"eps is {self.eps}: a positive number is needed")
 
     @property
     def head_dim(self) -> int:
@@ -155,8 +163,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> float32 [..., dim]."""
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return scaled(x, factor) * self.weight.float()
 
 
 class Attention(nn.Module):
@@ -261,7 +269,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y gate in float32, cast back: x, y [B,F,P,D], gate [B,F,1,D]."""
-    return (x.float() + y.float() * gate).to(x.dtype)
+    return added(x, y.float() * gate).to(x.dtype)
 
 
 class Head(nn.Module):

@@ -24,8 +24,12 @@ from torch.nn import functional
 
 from swiftvideo.runtime.errors import CheckpointError, UsageError
 
+from .casts import scaled
+
 PREFIX = 2
 """Frames that a causal convolution of kernel 3 looks back."""
+EPSILON = 1e-12
+"""Least length of a pixel's channels that its norm divides by, as in torch's `normalize`."""
 
 
 class StreamingDecoder(nn.Module):
@@ -176,7 +180,7 @@ class _Pass:
                 x = self.residual(resnet, x)
             for upsampler in up.upsamplers or ():
                 x = self.upsample(upsampler, x)
-        x = self.convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
+        x = self.convolve(decoder.conv_out, decoder.nonlinearity(normed(decoder.norm_out, x)))
         if self.old:
             raise UsageError(f"{len(self.old)} caches too many: pass the list that the last call returned")
         return x.clamp(-1, 1).transpose(1, 2), self.new
@@ -185,8 +189,7 @@ class _Pass:
         """A causal convolution of kernel 3 in time over [B,C,F,rows,columns], and its cache."""
         x = torch.cat((self.take(x), x), dim=2)
         self.new.append(x[:, :, -PREFIX:])
-        _, height, width = conv.kernel_size
-        return functional.conv3d(x, conv.weight, conv.bias, padding=(0, height // 2, width // 2))
+        return over_time(x, conv)
 
     def take(self, x: Tensor) -> Tensor:
         """The next cache: zeros before the first frame."""
@@ -198,8 +201,8 @@ class _Pass:
 
     def residual(self, block: Any, x: Tensor) -> Tensor:
         """A WanResidualBlock."""
-        y = self.convolve(block.conv1, block.nonlinearity(block.norm1(x)))
-        y = self.convolve(block.conv2, block.nonlinearity(block.norm2(y)))
+        y = self.convolve(block.conv1, block.nonlinearity(normed(block.norm1, x)))
+        y = self.convolve(block.conv2, block.nonlinearity(normed(block.norm2, y)))
         shortcut: Tensor = block.conv_shortcut(x)
         return y + shortcut
 
@@ -212,8 +215,39 @@ class _Pass:
                 y = self.convolve(module.time_conv, x)  # [B,2C,F,...]: the halves are the even and odd frames
                 x = torch.stack(y.chunk(2, dim=1), dim=3).flatten(2, 3)
         frames, conv = x.transpose(1, 2), module.resample[1]
-        scaled = doubled(frames.flatten(0, 1), conv.weight, conv.bias)
-        return torch.unflatten(scaled, 0, (frames.shape[0], -1)).transpose(1, 2)
+        larger = doubled(frames.flatten(0, 1), conv.weight, conv.bias)
+        return torch.unflatten(larger, 0, (frames.shape[0], -1)).transpose(1, 2)
+
+
+def over_time(x: Tensor, conv: Any) -> Tensor:
+    """A Conv3d of kernel 3 in time, which is not padded: x [B,C,F+2,rows,columns] -> [B,O,F,rows,columns].
+
+    On a CPU, ONNX Runtime and torch are fast at convolutions in two dimensions only: there, and so in graphs of
+    float32, it is the sum of three. What runs on a GPU is better off with one, whose sums stay in registers.
+    """
+    _, height, width = conv.kernel_size
+    weight, padding = conv.weight, (height // 2, width // 2)
+    if not _flat(x):
+        return functional.conv3d(x, weight, conv.bias, padding=(0, *padding))
+    frames = x.transpose(1, 2)
+    count = frames.shape[1] - PREFIX
+    y = functional.conv2d(frames[:, :count].flatten(0, 1), weight[:, :, 0], conv.bias, padding=padding)
+    for tap in range(1, PREFIX + 1):
+        shown = frames[:, tap : tap + count].flatten(0, 1)
+        y = y + functional.conv2d(shown, weight[:, :, tap], padding=padding)
+    return torch.unflatten(y, 0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """A WanRMS_norm over the channels of x [B,C,F,rows,columns]; float32 inside, cast back."""
+    length = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
+    y = scaled(x, norm.scale / length.clamp_min(EPSILON)).to(x.dtype)
+    result: Tensor = y * norm.gamma
+    return result
 
 
 def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

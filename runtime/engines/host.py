@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from swiftvideo.runtime.engine import Float32, Float64, Int32
-from swiftvideo.runtime.errors import OutOfMemoryError, UsageError
+from swiftvideo.runtime.errors import OutOfMemoryError
 from swiftvideo.runtime.geometry import Geometry
+
+from .state import Shape, check_state
 
 Array = NDArray[Any]
 
@@ -104,22 +107,16 @@ class HostCache:
             state["sink_k"] = self._sink_k.copy()
         return state
 
-    def import_state(self, state: dict[str, Array]) -> None:
-        """Take an `export_state` of the same shape and dtype; nothing changes on error."""
+    def import_state(self, state: dict[str, Array], others: Mapping[str, Shape]) -> None:
+        """Take an `export_state` of the same shapes; nothing changes on error.
+
+        others: what the session has besides, all of which `state` has or none (see `check_state`).
+        """
         sink = state.get("sink_k")
-        wanted = {"cache_k": self.k, "cache_v": self.v}
-        if sink is not None:
-            wanted["sink_k"] = self.k[:, :, self._sink]
-        for name, like in wanted.items():
-            value = state.get(name)
-            if value is None or value.shape != like.shape or value.dtype != like.dtype:
-                seen = "missing" if value is None else f"{value.dtype} {value.shape}"
-                raise UsageError(
-                    f"{name} of the saved state is {seen}, this session has {like.dtype} {like.shape}: "
-                    "restore it with the bundle that it was saved from"
-                )
+        shapes = {"cache_k": self.k.shape, "cache_v": self.v.shape}
+        check_state(state, shapes, {"sink_k": self.k[:, :, self._sink].shape}, others)
         self.k[...], self.v[...] = state["cache_k"], state["cache_v"]
-        self._sink_k = None if sink is None else sink.copy()
+        self._sink_k = None if sink is None else sink.astype(self.k.dtype)
 
 
 def _rotate(source: Array, target: Array, cos: Float64, sin: Float64) -> None:

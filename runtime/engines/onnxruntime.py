@@ -30,7 +30,7 @@ from .ort import onnxruntime as ort
 Array = NDArray[Any]
 
 DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
-
+ORT_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 MOST_THREADS = 4
 """For every core. Hundreds wait for each other instead of working."""
@@ -225,23 +225,15 @@ class OnnxRuntimeSession:
     def import_state(self, state: dict[str, Array]) -> None:
         """See `EngineSession.import_state`."""
         names = self._engine.vae_inputs
-        saved = [name for name in names if name in state]
-        if saved and saved != names:
-            raise UsageError(
-                f"the saved state has {len(saved)} of {len(names)} VAE caches: it is not of this bundle"
-            )
-        for item in self._engine.session("decode").get_inputs() if saved else ():
-            like, value = item.shape, state.get(item.name)
-            if value is not None and (
-                value.ndim != len(like)
-                or any(isinstance(a, int) and a != b for a, b in zip(like, value.shape, strict=True))
-            ):
-                raise UsageError(
-                    f"{item.name} of the saved state is {list(value.shape)}, this model has {like}: "
-                    "restore it with the bundle that it was saved from"
-                )
-        self._open().import_state(state)
-        self._vae = [state[name] for name in saved] or None
+        inputs = (
+            [item for item in self._engine.session("decode").get_inputs() if item.name in names]
+            if names
+            else []
+        )
+        # The one axis that is no number is the batch.
+        shapes = {i.name: tuple(n if isinstance(n, int) else self._batch for n in i.shape) for i in inputs}
+        self._open().import_state(state, shapes)
+        self._vae = [state[i.name].astype(ORT_DTYPES[i.type]) for i in inputs if i.name in state] or None
 
     def close(self) -> None:
         """See `EngineSession.close`."""

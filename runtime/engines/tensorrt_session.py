@@ -18,13 +18,14 @@ from swiftvideo.runtime.errors import ClosedError, UsageError
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.launch import Launcher, check
 
+from .capturing import uncollected
 from .cuda import Arena, Pinned, to_bits
+from .state import Shape, check_state
 
 if TYPE_CHECKING:
     from .tensorrt import TensorRTEngine
 
 Array = NDArray[Any]
-Shape = tuple[int, ...]
 
 RANGES = 4
 """Rows of a commit's table that the kernel takes."""
@@ -187,17 +188,13 @@ class TensorRTSession:
     def import_state(self, state: dict[str, Array]) -> None:
         """See `EngineSession.import_state`."""
         arena, caches = self._open(), self._engine.vae_caches
-        saved = [name for name in caches if name in state]
-        wanted = ["cache_k", "cache_v", *(["sink_k"] if "sink_k" in state else []), *saved]
-        wrong = [n for n in wanted if n not in state or state[n].shape != arena.tensors[n][0]]
-        if wrong or (saved and saved != caches):
-            raise UsageError(
-                f"{', '.join(wrong) or 'the VAE caches'} of the saved state do not fit this session: restore it with "
-                "the bundle that it was saved from"
-            )
-        for name in wanted:
-            self._upload_all(name, state[name])
-        self._sink_saved, self._started = "sink_k" in state, bool(saved)
+        groups = [
+            {n: arena.tensors[n][0] for n in names} for names in (["cache_k", "cache_v"], ["sink_k"], caches)
+        ]
+        check_state(state, *groups)
+        for name, value in state.items():
+            self._upload_all(name, value)
+        self._sink_saved, self._started = "sink_k" in state, not state.keys().isdisjoint(caches)
 
     def close(self) -> None:
         """See `EngineSession.close`."""
@@ -280,13 +277,14 @@ class TensorRTSession:
         if capturable is not None and not capturable(int(stream)):
             return run
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
-        try:
-            run()
-        except BaseException:
-            driver.cuStreamEndCapture(stream)  # what it says is a consequence
-            raise
-        graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
+        with uncollected():
+            check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
+            try:
+                run()
+            except BaseException:
+                driver.cuStreamEndCapture(stream)  # what it says is a consequence
+                raise
+            graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
         try:
             made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
         finally:

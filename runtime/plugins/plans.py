@@ -62,6 +62,11 @@ class PlanInfo:
             )
         return info
 
+    def serves_as(self, other: PlanInfo) -> bool:
+        """Whether both would be chosen in the same places, whatever the names of their targets."""
+        mine, theirs = ((p.graph, p.flavour, p.capability, p.functions) for p in (self, other))
+        return mine == theirs
+
     def entry(self) -> dict[str, Any]:
         """The manifest's entry."""
         return dataclasses.asdict(self)
@@ -113,7 +118,7 @@ def check_plan(manifest: Manifest, plan: PlanInfo, flavour: str, version: str, c
         EngineUnavailableError: built for another product or another GPU.
         BundleVersionError: built by another version of the product.
         BundleIntegrityError: built from other graphs, or with other kernels, than the bundle has.
-        BundleMissingError: a plugin's kernel is not in the bundle.
+        BundleMissingError: the plan or a plugin's kernel is not in the bundle.
     """
     again = f"build it with `swiftvideo export --target {_target_for(flavour, capability)}`"
     if plan.flavour != flavour:
@@ -134,6 +139,8 @@ def check_plan(manifest: Manifest, plan: PlanInfo, flavour: str, version: str, c
             f"{plan.file} was built from another {plan.graph} graph than the bundle has; it belongs to another "
             f"bundle: {again}"
         )
+    if not manifest.has(plan.file):
+        raise BundleMissingError(f"the manifest names the plan {plan.file} and does not list it: {again}")
     for op, sha256 in plan.plugins.items():
         name = f"{FOLDER}/{op}-{manifest.dtype}-d{manifest.geometry.head_dim}-sm{capability}.cubin"
         if not manifest.has(name):

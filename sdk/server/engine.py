@@ -21,7 +21,7 @@ GIVEN_UP = "the session was given up"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A chunk, or what kept it from being made. Seconds."""
+    """A chunk, or what kept it from being made, or from being packed. Seconds."""
 
     chunk: Chunk | None
     error: BaseException | None
@@ -192,10 +192,7 @@ class EngineThread:
                     if job is None:
                         return
                     self._running, self._running_since = job, time.monotonic()
-                    asks = []
-                    while job.asks and job.asks[0].heard <= job.next_chunk:
-                        asks.append(job.asks.popleft())
-                self._serve(job, asks)
+                self._serve(job)
         except BaseException as error:  # a bug here must not leave sessions waiting for ever
             log.exception("the engine's thread ended")
             with self._condition:
@@ -211,8 +208,12 @@ class EngineThread:
         jobs = (job for job in self._jobs if job.ready or job.cancelled)
         return min(jobs, key=lambda job: (not job.cancelled, job.deadline), default=None)
 
-    def _serve(self, job: Job, asks: list[Ask]) -> None:
+    def _serve(self, job: Job) -> None:
         """Make one chunk of a job and hand it on, or end the job."""
+        asks = []
+        with self._condition:
+            while job.asks and job.asks[0].heard <= job.next_chunk:
+                asks.append(job.asks.popleft())
         begin = self._running_since
         queued = begin - job.ready_since
         written: str | None = None
@@ -230,6 +231,7 @@ class EngineThread:
         except Exception as error:  # whatever one session does wrong ends that session only
             if not isinstance(error, StoppedError):
                 log.exception("a chunk failed")
+            error = error.with_traceback(None)  # which holds this frame, and so the job and what is made here
             made = Made(None, error, queued, time.monotonic() - begin)
         now = time.monotonic()
         with self._condition:

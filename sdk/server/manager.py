@@ -137,6 +137,7 @@ class SessionManager:
             return self.recovery.path(id, index + 1)
 
         def done(made: Made) -> None:
+            session = self.sessions[id]  # the name below would close a cycle: it holds the job
             self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
 
         job = Job(made, done, self.admission.period, next_chunk, asked, save_path)
@@ -145,8 +146,8 @@ class SessionManager:
         )
         session.delivered = session.saved = next_chunk
         session.interval = every if keeps else 0
-        self.engine.add(job)
         self.sessions[id] = session
+        self.engine.add(job)
         return session
 
     def attach(
@@ -222,7 +223,7 @@ class SessionManager:
             if not isinstance(made.error, StoppedError):
                 self.fail(session, made.error or EngineError("the chunk is missing"))
             session.finish(Refusal(grpc.StatusCode.CANCELLED, "the session was given up"))
-            if made.error is not None and session.job.session.closed:
+            if made.chunk is None:  # else it was made, and could not be packed
                 self._gone(session)
             return
         if session.over:

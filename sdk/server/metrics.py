@@ -10,7 +10,7 @@ from typing import Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
-from swiftvideo.runtime.memory import Mode
+from swiftvideo.runtime.geometry import Mode
 from swiftvideo.runtime.telemetry import STAGES
 
 from .status import Reason

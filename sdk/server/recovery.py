@@ -11,13 +11,12 @@ import grpc
 
 from swiftvideo.runtime import Session
 from swiftvideo.runtime.errors import UsageError
-from swiftvideo.runtime.snapshot import read
 
 from . import payload
 from .engine import discard, save
 from .session import Kept, Known, ServedSession, Terms, token_hash
 from .status import Refusal
-from .store import LOAD_ERRORS, Store, Stored
+from .store import Store, Stored
 
 if TYPE_CHECKING:
     from .manager import SessionManager
@@ -135,9 +134,7 @@ class Recovery:
         manager._starting.append(client)
         self._loading.add(stored.id)
         try:
-            made, asked, kept = await manager.read(
-                lambda: self._load(stored), lambda loaded: loaded[0].close()
-            )
+            made, kept = await manager.read(lambda: self._load(stored), lambda loaded: loaded[0].close())
         finally:
             manager._starting.remove(client)
             self._loading.discard(stored.id)
@@ -149,6 +146,7 @@ class Recovery:
                 1.0,
             )
         terms = Terms(client, stored.credits, encoding, stored.linger, stored.chunks)
+        asked = made.asked
         session = manager.adopt(made, stored.id, token, terms, stored.index, asked)
         session.recovered = True
         session.presented = stored.presented
@@ -163,16 +161,15 @@ class Recovery:
         log.info("session restored", extra={"session": session.id, "chunks": stored.index})
         return session
 
-    def _load(self, stored: Stored) -> tuple[Session, int, list[Kept]]:
-        """The runtime's session, how many prompts it knows, and the chunks that were not presented."""
-        path = self.store.session_path(stored.id, stored.index)
+    def _load(self, stored: Stored) -> tuple[Session, list[Kept]]:
+        """The runtime's session, and the chunks that were not presented."""
         try:
-            return self._manager.pipeline.restore(path), read(path).asked, self.store.chunks(stored)
-        except (UsageError, *LOAD_ERRORS) as error:
+            kept = self.store.chunks(stored)  # first, as it is small and leaves nothing to close
+            return self._manager.pipeline.restore(self.store.session_path(stored.id, stored.index)), kept
+        except UsageError as error:
             log.warning("a snapshot cannot be used: %s", error, extra={"session": stored.id})
             raise Refusal(
-                grpc.StatusCode.DATA_LOSS,
-                f"the snapshot of this session cannot be used ({error}): start a new one",
+                grpc.StatusCode.DATA_LOSS, "the snapshot of this session cannot be used: start a new one"
             ) from error
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from swiftvideo.runtime import Chunk, Prompt
@@ -310,7 +310,7 @@ class ServedSession:
             return self._pack(made, made.chunk)
         except Exception as error:  # nobody else hears of it
             log.exception("a chunk was not packed")
-            return Packed(Made(None, error, made.queued, made.took), None, "", 0.0)
+            return Packed(replace(made, error=error), None, "", 0.0)
 
     def _pack(self, made: Made, chunk: Chunk) -> Packed:
         begin = time.monotonic()

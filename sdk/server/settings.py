@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from swiftvideo.runtime import Geometry, PolicySettings
 from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.geometry import LIMIT
 from swiftvideo.v1 import generation_pb2 as pb
 
 _T = TypeVar("_T")
@@ -38,7 +39,7 @@ def policy(message: pb.PolicySettings, base: PolicySettings) -> PolicySettings:
 def _changed(part: _T, message: Any) -> _T:
     given = {field.name: value for field, value in message.ListFields()}
     for name, value in given.items():
-        if isinstance(value, float) and not abs(value) < 1e6:
+        if isinstance(value, float) and not abs(value) < LIMIT:
             raise SettingsError(f"{name} is {value}: use a number below a million")
         if isinstance(value, int) and value > 1 << 20:
             raise SettingsError(f"{name} is {value}: use a smaller number")

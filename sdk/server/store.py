@@ -1,10 +1,11 @@
 """Snapshots of sessions on disk: safetensors for what is large, one JSON file that makes a snapshot valid.
 
 ID.N.session        the runtime's own snapshot after chunk N - 1
-ID.N.chunks         chunks that the client had not presented, as they were sent
-ID.json             everything else, and N; replaced in one step, last
+ID.N.chunks         chunks that the client had not presented, as they were sent, and the text of ID.json
+ID.json             everything else, and N; written last
 
-All other files of the folder are somebody else's and are left alone.
+While a file is written it has a longer name (`files.PARTIAL`), which a killed server leaves behind. All other files of
+the folder are somebody else's and are left alone.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
+from swiftvideo.runtime import files, tensorfile
+from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
 
 from .session import Kept
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-OURS = re.compile(r"([0-9a-f]{16})\.(?:json|partial|(\d+)\.(?:session|session\.partial|chunks))")
-"""Names of our files: a session's id and, but for its JSON, a chunk's index."""
+CHUNKS_FORMAT = "swiftvideo-chunks-2"
+OURS = re.compile(rf"([0-9a-f]{{16}})\.(?:json|\d+\.(?:session|chunks))(?:{files.PARTIAL})?")
+"""Names of our files; they begin with a session's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class Stored:
     prompts: list[tuple[str, int, str, int]]
     """Id, number, text and `heard` of those that the client may send again."""
     format: int = FORMAT
+
+    def json(self) -> str:
+        """All of it."""
+        return json.dumps({name: getattr(self, name) for name in Stored.__slots__})
 
 
 class Store:
@@ -98,7 +103,15 @@ class Store:
 
     def session_path(self, id: str, index: int) -> str:
         """Where the runtime writes."""
-        return str(self.folder / f"{id}.{index}.session")
+        return str(self._paths(id, index)[0])
+
+    def _paths(self, id: str, index: int) -> tuple[Path, Path, Path]:
+        """Files of a whole snapshot: session, chunks, document."""
+        return (
+            self.folder / f"{id}.{index}.session",
+            self.folder / f"{id}.{index}.chunks",
+            self.folder / f"{id}.json",
+        )
 
     def write(self, stored: Stored, kept: list[Kept], living: Collection[str] = ()) -> None:
         """Complete the snapshot whose session file is there, delete the one before, and make room; see `expire`."""
@@ -106,37 +119,37 @@ class Store:
         for item in kept:
             arrays[f"{item.index}.applied"] = np.frombuffer(item.applied, np.uint8)
             arrays[f"{item.index}.chunk"] = np.frombuffer(item.chunk, np.uint8)
-        chunks = self.folder / f"{stored.id}.{stored.index}.chunks"
-        save_file(arrays, chunks)
-        partial = self.folder / f"{stored.id}.partial"
-        plain = {name: getattr(stored, name) for name in Stored.__slots__}
-        partial.write_text(json.dumps(plain), encoding="utf-8")
-        document = self.folder / f"{stored.id}.json"
-        session = Path(self.session_path(stored.id, stored.index))
-        self.used += sum(map(_size, (partial, chunks, session))) - _size(document)
-        partial.replace(document)
-        self._drop(stored.id, keep=stored.index)
+        session, chunks, document = self._paths(stored.id, stored.index)
+        text = stored.json()
+        tensorfile.write(chunks, CHUNKS_FORMAT, text, arrays)
+        before = _size(document)
+        files.replace(document, [text.encode()])
+        self.used += sum(map(_size, (document, chunks, session))) - before
+        self._drop(stored.id, keep={session, chunks, document})
         if self.full:
             self.expire(living)
 
     def find(self, token_hash: str) -> Stored | None:
         """The snapshot of a resume token."""
-        for path, _, _ in self._ours(".json"):
+        for path, _ in self._ours(".json"):
             stored = self._read(path)
             if stored is not None and hmac.compare_digest(stored.token_hash, token_hash):
                 return stored
         return None
 
     def chunks(self, stored: Stored) -> list[Kept]:
-        """Chunks that the client had not presented, in order."""
-        arrays = load_file(self.folder / f"{stored.id}.{stored.index}.chunks")
+        """Chunks that the client had not presented, in order. Raises UsageError where the snapshot is damaged."""
+        path = self._paths(stored.id, stored.index)[1]
+        text, arrays = tensorfile.read(path, CHUNKS_FORMAT)
+        if text != stored.json():
+            raise UsageError(f"{path} is not of the same snapshot as {stored.id}.json, or that was changed")
         indices = sorted(int(name.partition(".")[0]) for name in arrays if name.endswith(".chunk"))
         return [Kept(i, arrays[f"{i}.applied"].tobytes(), arrays[f"{i}.chunk"].tobytes()) for i in indices]
 
     def delete(self, id: str) -> None:
         """Forget a session."""
         self._unlink(self.folder / f"{id}.json")
-        self._drop(id, keep=None)
+        self._drop(id, keep=())
 
     def expire(self, living: Collection[str]) -> None:
         """Delete snapshots that are too old, then the oldest while all of them take too much.
@@ -147,7 +160,7 @@ class Store:
         now = time.time()
         files: dict[str, list[tuple[Path, int]]] = {}
         ages: dict[str, float] = {}
-        for path, id, _ in self._ours():
+        for path, id in self._ours():
             try:
                 if id in living:
                     os.utime(path)
@@ -165,8 +178,8 @@ class Store:
                 for path, _ in sorted(files[id], key=lambda item: item[0].suffix != ".json"):
                     self._unlink(path)
 
-    def _ours(self, suffix: str = "") -> Iterator[tuple[Path, str, int | None]]:
-        """Our files: path, session's id, and chunk's index."""
+    def _ours(self, suffix: str = "") -> Iterator[tuple[Path, str]]:
+        """Our files: path, and session's id."""
         try:
             paths = list(self.folder.iterdir())
         except OSError as error:
@@ -175,7 +188,7 @@ class Store:
         for path in paths:
             match = OURS.fullmatch(path.name)
             if match is not None and path.name.endswith(suffix):
-                yield path, match[1], None if match[2] is None else int(match[2])
+                yield path, match[1]
 
     def _unlink(self, path: Path) -> None:
         try:
@@ -185,9 +198,9 @@ class Store:
         except OSError as error:
             log.warning("snapshots: %s cannot be deleted: %s", path.name, error)
 
-    def _drop(self, id: str, keep: int | None) -> None:
-        for path, of, index in self._ours():
-            if of == id and index is not None and index != keep:
+    def _drop(self, id: str, keep: Collection[Path]) -> None:
+        for path, of in self._ours():
+            if of == id and path not in keep:
                 self._unlink(path)
 
     def _read(self, path: Path) -> Stored | None:
@@ -210,7 +223,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-LOAD_ERRORS = (OSError, SafetensorError, ValueError, KeyError)
-"""What `Store.chunks` raises where files are missing or were changed."""

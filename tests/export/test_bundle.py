@@ -137,6 +137,41 @@ def test_what_cannot_be_overwritten_is_said_before_any_graph(stub: Stub, tmp_pat
     assert stub.devices == {}
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_what_somebody_adds_meanwhile_stays_and_so_does_the_bundle(
+    stub: Stub, tmp_path: Path, overwrite: bool
+) -> None:
+    out = tmp_path / "deep" / "b"
+    if overwrite:
+        export_bundle(small.checkpoint(), out)
+    before = names(out)
+
+    def meanwhile(graph: str, done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(BundleWriteError, match="changed during the export") as caught:
+        export_bundle(small.checkpoint(), out, progress=meanwhile, overwrite=overwrite)
+    assert names(out) == before | {"thesis.tex"}
+    (kept,) = set(out.parent.iterdir()) - {out}
+    assert f"the finished bundle is {kept}: move" in str(caught.value) and kept.name.startswith("b-")
+    assert {f"onnx/{name}.onnx" for name in GRAPHS} <= set(Manifest.load(kept).files)
+
+
+def test_the_second_of_two_exports_at_once_replaces_nothing(stub: Stub, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+
+    def first(graph: str, done: int, total: int) -> None:
+        if done == 5:
+            export_bundle(small.checkpoint(), out)
+
+    with pytest.raises(BundleWriteError, match="the finished bundle is"):
+        export_bundle(small.checkpoint(), out, progress=first, height=16, width=8)
+    assert Manifest.load(out).geometry.height == small.HEIGHT
+    (kept,) = set(tmp_path.iterdir()) - {out}
+    assert Manifest.load(kept).geometry.height == 16
+
+
 def test_what_could_not_be_opened_replaces_nothing(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

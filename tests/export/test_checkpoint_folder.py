@@ -138,7 +138,92 @@ def test_what_does_not_fit_is_said_once_and_by_us(
         load_checkpoint(folder)
     assert said == []
     assert levels == [logger.get_verbosity() for logger in (transformers_logging, diffusers_logging)]
-    assert transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled() and diffusers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_under_another_name_are_said_with_what_to_do(folder: Path, part: str) -> None:
+    file = folder / PARTS[part]
+
+    def refused(match: str) -> None:
+        with pytest.raises(
+            CheckpointError, match=rf"{part} has no {file.name}, which alone is read there, but {match}"
+        ):
+            load_checkpoint(folder)
+
+    variant = file.rename(file.with_name(file.name.replace(".", ".fp16.", 1)))
+    refused(rf"{variant.name}: rename {variant.name} to {file.name}$")
+    shards = [file.with_name(f"{file.stem}.fp16-0000{i}-of-00002.safetensors") for i in (1, 2)]
+    index = file.with_name(f"{file.name}.index.fp16.json")
+    for path in (*shards, index):
+        path.write_text("")
+    variant.unlink()
+    refused(rf".*: rename {index.name} to {file.name}.index.json$")
+    for path in (*shards, index):
+        path.unlink()
+    refused("no weights: copy")
+    (folder / part / "pytorch_model.bin").write_bytes(b"")
+    refused(r"pytorch_model.bin: write it with \w+\.from_pretrained\(\.\.\.\)\.save_pretrained")
+
+
+def sharded(folder: Path, part: str) -> Path:
+    """Store a part in two shards; the second of them."""
+    file, model = folder / PARTS[part], folder / part
+    weights = load_file(file)
+    first = set(sorted(weights)[::2])
+    names = [f"{file.stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {key: names[key not in first] for key in weights}
+    for name in names:
+        save_file(
+            {k: v for k, v in weights.items() if where[k] == name}, model / name, metadata={"format": "pt"}
+        )
+    size = sum(value.nbytes for value in weights.values())
+    content = {"metadata": {"total_size": size}, "weight_map": where}
+    (model / f"{file.name}.index.json").write_text(json.dumps(content))
+    file.unlink()
+    return model / names[1]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_shards_are_read_in_silence_and_a_missing_one_is_said(
+    folder: Path, part: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    last = sharded(folder, part)
+    load_checkpoint(folder)
+    assert capfd.readouterr().err == ""
+    last.unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"{last.name} is missing, but \S+ lists it; download the shard"
+    ):
+        load_checkpoint(folder)
+
+
+def test_a_second_backbone_is_refused(folder: Path) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({"boundary_ratio": None, "transformer_2": [None, None]}))
+    read_outline(folder)  # as diffusers writes it for one
+    index.write_text(json.dumps({"boundary_ratio": 0.875}))
+    with pytest.raises(
+        CheckpointError, match=r"boundary_ratio 0\.875 in \S+: a second backbone .* is not supported; use"
+    ):
+        read_outline(folder)
+    index.unlink()
+    (folder / "transformer_2").mkdir()
+    with pytest.raises(CheckpointError, match=r"transformer_2: a second backbone .* is not supported; use"):
+        read_outline(folder)
+
+
+def test_the_original_wans_layout_is_said(folder: Path, state: State, tmp_path: Path) -> None:
+    original = tmp_path / "Wan2.1-T2V-1.3B"
+    (folder / "transformer").rename(original)
+    torch.save({}, original / "Wan2.1_VAE.pth")
+    with pytest.raises(
+        CheckpointError, match=rf"the original Wan .*-Diffusers.* with --backbone {original}$"
+    ):
+        load_checkpoint(original)
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(WAN_JSON))
+    same(load_checkpoint(folder, backbone=original).backbone, state)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -161,6 +246,12 @@ def test_a_file_cut_short_is_said(folder: Path, part: str) -> None:
         ("text_encoder", {"d_kv": None}),
         ("text_encoder", {"num_layers": "x"}),
         ("transformer", {"num_attention_heads": None, "attention_head_dim": 3}),
+        ("transformer", {"patch_size": [1, 2.0, 2]}),
+        ("transformer", {"patch_size": [1, 2]}),
+        ("transformer", {"patch_size": [1, 0, 2]}),
+        ("transformer", {"eps": float("nan")}),
+        ("transformer", {"eps": -1e-6}),
+        ("transformer", {"ffn_dim": float("inf")}),
     ],
 )
 def test_odd_settings_of_a_part_are_said(folder: Path, part: str, change: dict[str, Any]) -> None:
@@ -168,6 +259,13 @@ def test_odd_settings_of_a_part_are_said(folder: Path, part: str, change: dict[s
     config = folder / part / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(CheckpointError, match=r"config\.json|latents_"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_config_nested_without_end_is_said(folder: Path, part: str) -> None:
+    (folder / part / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=rf"{part}\S+ is not JSON: .*; copy it again"):
         load_checkpoint(folder)
 
 
@@ -195,6 +293,16 @@ def test_another_backbone_in_the_same_folder(state: State, folder: Path, tmp_pat
     same(checkpoint.backbone, {key: value.bfloat16() for key, value in other.items()})
     assert "container generator_ema" in checkpoint.kind
     assert checkpoint.vae.dtype == torch.bfloat16 == next(checkpoint.text_encoder.parameters()).dtype
+
+
+def test_the_alpha_that_was_used_is_recorded(folder: Path, tmp_path: Path) -> None:
+    key, lora = "blocks.0.self_attn.q", tmp_path / "lora.safetensors"
+    adapter = {f"{key}.lora_A.weight": torch.ones(2, 36), f"{key}.lora_B.weight": torch.ones(36, 2)}
+    save_file(adapter, lora, metadata={"lora_adapter_metadata": '{"lora_alpha": 3}'})
+    assert load_checkpoint(folder, lora=lora).kind.endswith("with LoRA lora.safetensors, alpha 3")
+    save_file({**adapter, f"{key}.alpha": torch.tensor(8)}, lora)
+    assert load_checkpoint(folder, lora=lora).kind.endswith("alpha its own")
+    assert load_checkpoint(folder, lora=lora, lora_alpha=2.0).kind.endswith("alpha 2.0")
 
 
 def test_a_folder_of_diffusers_without_model_json(state: State, folder: Path) -> None:
@@ -225,6 +333,8 @@ def test_the_outline_reads_no_weights(folder: Path) -> None:
             SettingsError, match=f"height is {size!r} pixels: a positive multiple of 4 is needed"
         ):
             outline.geometry(size)
+    with pytest.raises(SettingsError, match="height is 1000000000000 pixels: use at most 8192"):
+        outline.geometry(10**12)
 
 
 def test_incomplete_or_contradictory_folders_are_refused(folder: Path) -> None:

@@ -34,11 +34,13 @@ from swiftvideo.export.cuda import (
 )
 from swiftvideo.export.fused_blocks import LinearGelu, join_gelu, place_keys, qkv_into
 from swiftvideo.export.lanes import Lane
+from swiftvideo.export.models import vae as models_vae
 from swiftvideo.export.models.backbone import CausalWanModel
-from swiftvideo.export.torch_engine import TorchEngine
+from swiftvideo.export.torch_engine import TorchEngine, memory_for
 from swiftvideo.runtime.errors import (
     ClosedError,
     EngineUnavailableError,
+    OutOfMemoryError,
     SettingsError,
     UsageError,
 )
@@ -68,6 +70,12 @@ def run(
     state = rollout.tensors.export_state()
     rollout.close()
     return steps, frames, state
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in three dimensions, which the engines for CPUs avoid."""
+    monkeypatch.setattr(models_vae, "_flat", lambda x: False)
 
 
 @pytest.mark.parametrize("attention", ["kernel", "cudnn"])
@@ -184,6 +192,26 @@ def test_a_state_goes_on_in_place() -> None:
     state["cache_k"] = state["cache_k"] + 2
     session.import_state(state)
     assert session.cache_k.data_ptr() == address and float(session.cache_k.min()) == 2
+
+
+def test_what_is_decoded_on_from_a_state_stays_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state arrives in one lane and is read in the other, which the allocator has to know."""
+    _, engine = engines()
+    g, lent = engine.geometry, []
+    latents = np.zeros((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+    session, other = engine.open(), engine.open()
+    session.decode(latents)
+    monkeypatch.setattr(engine.decoding, "borrow", lambda *values: lent.extend(values))
+    other.import_state(session.export_state())
+    assert other.vae_caches and [id(value) for value in lent] == [id(value) for value in other.vae_caches]
+
+
+def test_a_gpu_that_failed_is_not_called_full() -> None:
+    """It would be asked again and again."""
+    with pytest.raises(OutOfMemoryError, match=r"no memory for a cache \(no MiB\)"), memory_for("a cache"):
+        raise torch.OutOfMemoryError("no MiB")
+    with pytest.raises(torch.AcceleratorError), memory_for("a cache"):
+        raise torch.AcceleratorError("illegal address", 700)
 
 
 def test_refusals() -> None:

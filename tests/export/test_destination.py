@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftvideo.export.destination import check_destination, put_in_place
+from swiftvideo.export.destination import BundleWriteError, check_destination, put_in_place, work_folder
 from swiftvideo.runtime.errors import SettingsError
 
 MANIFEST = {"schema": 1, "geometry": {}, "files": {"onnx/a.onnx": {}}}
@@ -102,26 +102,107 @@ def test_places_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_old_bundle_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
     out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
-    put_in_place(work, out)
+    put_in_place(work, out, overwrite=True)
     assert "new" in (out / "manifest.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-@pytest.mark.parametrize("error", [OSError(16, "busy"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
-def test_the_old_bundle_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
+def failing(monkeypatch: pytest.MonkeyPatch, work: Path, out: Path, error: BaseException) -> None:
+    """Let the renaming of `work` to `out` fail."""
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path == work:
+        if (path, target) == (work, out):
             assert not out.exists()
             raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(type(error)):
-        put_in_place(work, out)
+
+
+def test_the_old_bundle_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
+    failing(monkeypatch, work, out, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(work, out, overwrite=True)
     assert json.loads((out / "manifest.json").read_text()) == MANIFEST
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b-work", "b"]
+
+
+def test_the_finished_bundle_stays_where_it_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
+    failing(monkeypatch, work, out, OSError(16, "busy"))
+    with pytest.raises(BundleWriteError, match=rf"busy.*the finished bundle is {tmp_path / 'b-work'}: move"):
+        put_in_place(work, out, overwrite=True)
+    assert json.loads((out / "manifest.json").read_text()) == MANIFEST
+    assert "new" in (tmp_path / "b-work" / "manifest.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b-work"]
+
+
+def test_what_appears_between_the_two_renames_stays_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
+    rename = Path.rename
+
+    def crowded(path: Path, target: Path) -> Path:
+        if path == work and target == out:
+            out.mkdir()
+            (out / "notes").write_text("work")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", crowded)
+    with pytest.raises(BundleWriteError, match=rf"what {out} was is {tmp_path / 'b-work-old'}: move"):
+        put_in_place(work, out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["notes"]
+    assert json.loads((tmp_path / "b-work-old" / "manifest.json").read_text()) == MANIFEST
+    assert "new" in (tmp_path / "b-work" / "manifest.json").read_text()
+
+
+def test_a_link_that_appears_is_not_followed(tmp_path: Path) -> None:
+    real, work, out = bundle(tmp_path / "real"), bundle(tmp_path / ".b-work"), tmp_path / "b"
+    out.symlink_to(real)
+    with pytest.raises(BundleWriteError, match="is a link now"):
+        put_in_place(work, out, overwrite=True)
+    assert out.is_symlink() and json.loads((real / "manifest.json").read_text()) == MANIFEST
+
+
+def unfinished(folder: Path, name: str = "onnx/decode.onnx") -> Path:
+    """What a killed export leaves."""
+    (folder / "onnx").mkdir(parents=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("a")
+    return folder
+
+
+def test_what_killed_exports_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "b[1]"
+    unfinished(tmp_path / ".b[1]-abcd_123")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".b[1]-link1234").symlink_to(unfinished(tmp_path / "elsewhere" / "x"))
+    (tmp_path / ".b[1]-file1234").write_text("a")
+    (tmp_path / ".b[1]-fresh123").mkdir()  # about to be locked
+    others = [
+        unfinished(tmp_path / ".b[1]-abcd_1234"),
+        unfinished(tmp_path / ".b[1]-abcd_123-old"),
+        unfinished(tmp_path / ".b1-abcd_123"),
+        unfinished(tmp_path / ".b[1]-finished", "manifest.json"),
+        unfinished(tmp_path / ".b[1]-somebody", "onnx/notes.txt"),
+        unfinished(tmp_path / ".b[1]-original", "onnx/unet.onnx"),
+    ]
+    before = set(tmp_path.iterdir())
+    with work_folder(place) as work:
+        assert set(tmp_path.iterdir()) == before - {tmp_path / ".b[1]-abcd_123"} | {work}
+    assert all((folder / "onnx").is_dir() for folder in others)
+    assert (tmp_path / "elsewhere" / "x" / "onnx" / "decode.onnx").exists()
+
+
+def test_an_export_that_still_runs_keeps_its_folder(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "b") as first:
+        unfinished(first)
+        with work_folder(tmp_path / "b"):
+            assert (first / "onnx" / "decode.onnx").exists()
+    with work_folder(tmp_path / "b"):  # as if it had been killed
+        assert not first.exists()

@@ -135,6 +135,16 @@ def test_recorded_weights_are_the_checkpoints(small_bundle: Path, name: str) -> 
         graph.module.load_state_dict(expected, assign=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_decoder_s_weights_are_recorded_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Narrow ones too: the exporter would compute with constants so small."""
+    decoder = small.checkpoint().vae.to(dtype)
+    graph = next(graph for graph in decode_graphs(decoder, GEOMETRY) if graph.name == "decode")
+    model = onnx.load(export_graph(graph, tmp_path), load_external_data=False)
+    recorded = json.loads({entry.key: entry.value for entry in model.metadata_props}[WEIGHTS_KEY])
+    assert set(recorded) >= {f"decoder.{name}" for name, _ in decoder.named_parameters()}
+
+
 def test_schedule_and_geometry_must_agree() -> None:
     with pytest.raises(SettingsError, match=r"2 steps, geometry\.steps is 4"):
         next(backbone_graphs(CHECKPOINT.backbone, GEOMETRY, Schedule(indices=(1000, 500))))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from swiftvideo.export.checkpoint import load_backbone
 from swiftvideo.export.checkpoint_naming import from_diffusers, to_diffusers
-from swiftvideo.export.lora import merge_lora
+from swiftvideo.export.lora import Adapter, merge_lora
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.runtime.errors import CheckpointError
 
@@ -103,22 +103,51 @@ def test_alpha_tensors_and_rank_stabilised_scale(state: State) -> None:
     torch.testing.assert_close(stabilised, merged_by_hand(state, adapter, 3.0)[f"{key}.weight"])
 
 
+@pytest.mark.parametrize("alpha", [torch.tensor(8.0), torch.tensor([8]), torch.tensor(8, dtype=torch.uint8)])
+def test_a_given_alpha_comes_before_tensors_and_settings(
+    state: State, tmp_path: Path, alpha: torch.Tensor
+) -> None:
+    adapter = lora_of(state, 4)
+    modules = {key.split(".lora_")[0] for key in adapter}
+    with_alpha = {**adapter, **{f"{module}.alpha": alpha.clone() for module in modules}}
+    save_file(state, tmp_path / "base.safetensors")
+    save_file(
+        with_alpha, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": '{"lora_alpha": 3}'}
+    )
+
+    for given, scale in ((None, 2.0), (2.0, 0.5), (0.0, 0.0)):
+        model = load_backbone(
+            tmp_path / "base.safetensors", CONFIG, lora=tmp_path / "lora.safetensors", lora_alpha=given
+        )
+        near(model, merged_by_hand(state, adapter, scale))
+
+
+def test_the_settings_alpha_is_recorded_unless_modules_differ(state: State) -> None:
+    adapter = lora_of(state, 4)
+    assert Adapter(adapter, {"lora_alpha": 3}, []).alpha == "3"
+    assert Adapter(adapter, {"lora_alpha": 3, "alpha_pattern": {"q": 1}}, []).alpha == "its own"
+    assert Adapter(adapter, {}, []).alpha == "its own"
+
+
 def test_wrong_adapters_are_refused(state: State) -> None:
     adapter = lora_of(state, 4)
     a, b = "blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.q.lora_B.weight"
     without = {key: value for key, value in adapter.items() if key != b}
     cases: dict[str, State] = {
-        "1 modules lack lora_A or lora_B: blocks.0.self_attn.q": without,
-        "not in the backbone: blocks.9.self_attn.q": {
+        "1 modules lack lora_A or lora_B: blocks.0.self_attn.q; save or copy": without,
+        "not in the backbone: blocks.9.self_attn.q; use an adapter of its architecture": {
             "blocks.9.self_attn.q.lora_A.weight": adapter[a],
             **adapter,
         },
         r"blocks.0.self_attn.q is \(36, 36\), but lora_A is \(4, 35\)": {**adapter, a: torch.zeros(4, 35)},
-        "unknown keys: blocks.0.self_attn.q.lora_magnitude_vector": {
+        "lora_magnitude_vector is of DoRA, which is not supported; merge it into the backbone with peft": {
             **adapter,
             "blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(36),
         },
-        "it is empty": {},
+        "it is empty; load it with diffusers": {},
+        r"unknown keys: lora_unet_blocks_0_ffn_0\.lora_down\.weight; load it with diffusers' WanPipeline": {
+            "lora_unet_blocks_0_ffn_0.lora_down.weight": adapter[a]
+        },
         "2 adapters": {**adapter, "blocks.0.self_attn.q.lora_A.other.weight": adapter[a]},
     }
     for message, wrong in cases.items():
@@ -136,6 +165,10 @@ def test_wrong_adapters_are_refused(state: State) -> None:
         "alpha_pattern is 3": (adapter, {"alpha_pattern": 3}),
         r"alpha_pattern\['q'\] is None": (adapter, {"alpha_pattern": {"q": None}}),
         r"alpha_pattern has '\('": (adapter, {"alpha_pattern": {"(": 1}}),
+        "blocks.0.self_attn.q.alpha is nan and should be a number": (
+            {**adapter, "blocks.0.self_attn.q.alpha": torch.tensor(math.nan)},
+            {},
+        ),
         f"{a} is torch.int8": ({**adapter, a: adapter[a].to(torch.int8)}, {}),
         f"adapter: {b} has values that are not finite": ({**adapter, b: adapter[b] * math.nan}, {}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,23 @@ def test_changed_and_incomplete_bundles(small_bundle: Path, tmp_path: Path) -> N
     files = {name: entry for name, entry in measure_files(copy).items() if name != "onnx/denoise.onnx"}
     dataclasses.replace(manifest, files=files).save(copy)
     with pytest.raises(BundleError, match=r"lists no onnx/denoise\.onnx"):
+        open_torch(copy, "cpu")
+
+
+def test_a_weight_that_is_not_recorded_is_missed(small_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_bundle, tmp_path / "copy"))
+    path = copy / "onnx" / "decode.onnx"
+    model = onnx.load(path, load_external_data=False)
+    entry = next(entry for entry in model.metadata_props if entry.key == WEIGHTS_KEY)
+    recorded = json.loads(entry.value)
+    name = next(name for name in recorded if name.endswith("conv_in.weight"))
+    del recorded[name]
+    entry.value = json.dumps(recorded)
+    onnx.save(model, path)
+    dataclasses.replace(Manifest.load(copy), files=measure_files(copy)).save(copy)
+    with pytest.raises(
+        BundleError, match=rf"does not record {name.removeprefix('decoder.')}: export it again"
+    ):
         open_torch(copy, "cpu")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Literal, get_type_hints
 
 import pytest
 
 from swiftvideo import runtime
 from swiftvideo.runtime import _core, errors
+from swiftvideo.runtime.geometry import Mode, Policy
 
 RUNTIME = [
     "AnchorSettings", "BridgeSettings", "BundleError", "BundleIntegrityError", "BundleMissingError",
@@ -31,6 +33,13 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
         for method, function in inspect.getmembers(value, inspect.isfunction):
             if not method.startswith("_") and function.__module__.startswith("swiftvideo"):
                 assert inspect.getdoc(function), f"{name}.{method} has no docstring"
+
+
+def test_names_of_modes_policies_and_engines_are_types() -> None:
+    """So a type checker sees a misspelt one."""
+    assert get_type_hints(runtime.Chunk)["mode"] == Mode | Literal[""]
+    assert get_type_hints(runtime.Pipeline.session)["policy"] == runtime.PolicySettings | Policy | None
+    assert get_type_hints(runtime.load)["engine"] == Literal["auto", "onnxruntime", "tensorrt"]
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -73,7 +73,7 @@ def test_it_is_typed_licensed_and_has_its_command(wheel: zipfile.ZipFile) -> Non
     names = wheel.namelist()
     assert {f"swiftvideo/{part}/py.typed" for part in PARTS} <= set(names)
     (information,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
-    assert "swiftvideo=swiftvideo.sdk.cli:main" in wheel.read(information).decode().replace(" ", "")
+    assert "swiftvideo=swiftvideo.sdk.entry:main" in wheel.read(information).decode().replace(" ", "")
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -93,8 +93,18 @@ def test_a_bundle_may_be_partial_until_a_part_is_used(tiny_bundle: Path) -> None
         with pytest.raises(BundleError, match=r"no graph 'text_encoder', only condition"):
             opened.encode("a red circle")
     bare = dataclasses.replace(whole, files={})
+    engine = OnnxRuntimeEngine(bare, 1)
+    closed: list[bool] = []
+    engine.close = lambda: closed.append(True)  # type: ignore[method-assign]
     with pytest.raises(BundleMissingError, match=r"lists no tokenizer.json: export it again"):
-        Pipeline(OnnxRuntimeEngine(bare, 1), bare)
+        Pipeline(engine, bare)
+    assert closed, "nobody else could"
+
+
+@pytest.mark.parametrize("path", [5, "a\0b", b"bundle"])
+def test_a_path_that_can_be_none_is_refused(path: Any) -> None:
+    with pytest.raises(SettingsError, match=r"bundle .*: give the name of a folder"):
+        load(path)
 
 
 def test_a_closed_pipeline_refuses_work_and_ends_its_sessions(

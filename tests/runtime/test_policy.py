@@ -350,7 +350,11 @@ def test_only_without_a_global_sink_a_recache_replaces_it(
         (lambda: BridgeSettings(tau_low=float("nan")), "tau_low nan"),
         (lambda: BridgeSettings(scale=0), "bridge.scale is 0: it must be positive"),
         (lambda: BridgeSettings(scale=float("inf")), "bridge.scale is inf"),
-        (lambda: BridgeSettings(scale=1e39), "bridge.scale is 1e\\+39: it must be positive and below 1.7e38"),
+        (
+            lambda: BridgeSettings(scale=1e39),
+            "bridge.scale is 1e\\+39: it must be positive and below a million",
+        ),
+        (lambda: BridgeSettings(scale=1e6), "bridge.scale is 1000000.0: it must be positive and below"),
         (lambda: BridgeSettings(decay=1.1), r"bridge.decay is 1.1: it must be in \[0, 1\]"),
         (lambda: WindowSettings(min_size=0), "window.min_size is 0"),
         (lambda: WindowSettings(tau_post=-1), "window.tau_post is -1"),
@@ -359,6 +363,10 @@ def test_only_without_a_global_sink_a_recache_replaces_it(
         (lambda: AnchorSettings(max=-1), "anchors.max is -1"),
         (lambda: AnchorSettings(mix=1.5), "anchors.mix is 1.5"),
         (lambda: AnchorSettings(scale=-1), "anchors.scale is -1"),
+        (
+            lambda: AnchorSettings(scale=1e38),
+            "anchors.scale is 1e\\+38: it must be positive and below a million",
+        ),
         (lambda: BridgeSettings(recent=1.5), "bridge.recent is 1.5: use a whole number"),  # type: ignore[arg-type]
         (lambda: BridgeSettings(enabled=1), "bridge.enabled is 1: use True or False"),  # type: ignore[arg-type]
         (lambda: AnchorSettings(mix="x"), "anchors.mix is 'x': use a number"),  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import tracemalloc
@@ -445,3 +446,68 @@ def test_a_dropped_session_frees_its_memory(pipeline: Pipeline, texts: tuple[str
     left = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert left < size / 4
+
+
+def test_a_session_and_its_prompts_are_gone_without_a_collection(
+    pipeline: Pipeline, texts: tuple[str, ...]
+) -> None:
+    class Owner:
+        """Holds the session that asks it, as a service does."""
+
+        def __init__(self, session: Session) -> None:
+            self.session, self.asked = session, 0
+            session.interrupt = self.interrupt
+
+        def interrupt(self) -> bool:
+            self.asked += 1
+            return False
+
+    gc.collect()
+    gc.disable()
+    try:
+        owner = Owner(pipeline.session(texts[0]))
+        prompts = [pipeline.encode(texts[1]), pipeline.encode(texts[2])]
+        for number, prompt in enumerate(prompts):
+            owner.session.prompt(prompt, at_frame=3000 * number)
+        next(owner.session)
+        assert owner.asked > 0
+        left = [weakref.ref(item) for item in (owner.session, owner.session._rollout, owner)]
+        pending = [item.prompt for item in owner.session._rollout.pending]
+        assert pending
+        owner.session.close()
+        arrays = [weakref.ref(item.signature) for item in prompts]
+        del owner, prompts, prompt, pending
+        dropped = pipeline.session(texts[0])
+        next(dropped)
+        left.append(weakref.ref(dropped))
+        del dropped
+        assert [item() for item in (*left, *arrays)] == [None] * 6
+    finally:
+        gc.enable()
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_session_is_its_owners_alone_and_lies_where_a_link_leads(
+    session: Session, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    umask = os.umask(0o022)
+    try:
+        session.save(tmp_path / "link")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_session_is_not_saved_over_what_is_no_file(session: Session, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"pipe' is a pipe or a device: give a file's name"):
+        session.save(tmp_path / "pipe")
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
+def test_a_session_knows_how_many_prompts_it_was_asked(session: Session, texts: tuple[str, ...]) -> None:
+    assert session.asked == 1 and session.prompt(texts[1]) == 1 and session.asked == 2

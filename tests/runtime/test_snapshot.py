@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from swiftvideo.runtime import (
@@ -19,7 +18,9 @@ from swiftvideo.runtime import (
     SwiftVideoError,
     UsageError,
     load,
+    tensorfile,
 )
+from swiftvideo.runtime.snapshot import FORMAT
 from tests.runtime.watch import turned
 
 SETTINGS = PolicySettings(bridge=dataclasses.replace(PolicySettings().bridge, tau_low=0.0, tau_high=2.0))
@@ -105,15 +106,18 @@ def test_the_model_must_be_the_same(saved: Path, tiny_bundle: Path, tmp_path: Pa
 
 def test_a_file_that_is_no_session_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with pytest.raises(UsageError, match=r"x is not there: save a session to it first"):
+    with pytest.raises(UsageError, match=r"x is not there: save it first"):
         pipeline.restore(path)
     path.write_bytes(b"\x80\x04garbage")
-    with pytest.raises(UsageError, match=r"x is no saved session"):
+    with pytest.raises(UsageError, match=r"x is not what was saved"):
         pipeline.restore(path)
-    save_file({"a": np.zeros(1)}, path, {"format": "pt"})
-    with pytest.raises(UsageError, match=r"has format 'pt', not 'swiftvideo-session-1'"):
-        pipeline.restore(path)
-    with pytest.raises(UsageError, match=r"is no saved session"):
+    for other in ("pt", "swiftvideo-session-1"):
+        save_file({"a": np.zeros(1)}, path, {"format": other})
+        with pytest.raises(
+            UsageError, match=f"has format '{other}', not 'swiftvideo-session-2': it is something"
+        ):
+            pipeline.restore(path)
+    with pytest.raises(UsageError, match=r"is not what was saved"):
         pipeline.restore(tmp_path)
 
 
@@ -121,7 +125,22 @@ def test_a_truncated_file_is_refused(pipeline: Pipeline, saved: Path, tmp_path: 
     data = saved.read_bytes()
     for size in (0, 4, 500, len(data) // 2, len(data) - 1):
         (tmp_path / "x").write_bytes(data[:size])
-        with pytest.raises(UsageError, match=r"x is no saved session .*save it again"):
+        with pytest.raises(UsageError, match=r"x is not what was saved .*save it again"):
+            pipeline.restore(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["cache_k", "cache_v", "sink_k", "vae_cache_0"])
+def test_an_array_that_was_changed_is_refused(
+    pipeline: Pipeline, saved: Path, tmp_path: Path, name: str
+) -> None:
+    value = tensorfile.read(saved, FORMAT)[1][f"engine/{name}"]
+    data = saved.read_bytes()
+    at = data.index(value.tobytes())
+    for changed in (bytes([data[at] ^ 1]), np.full_like(value, np.nan).tobytes()):
+        (tmp_path / "x").write_bytes(data[:at] + changed + data[at + len(changed) :])
+        with pytest.raises(
+            UsageError, match=r"x is not what was saved .its SHA-256 is another.: save it again"
+        ):
             pipeline.restore(tmp_path / "x")
 
 
@@ -177,19 +196,22 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         lambda plain, arrays: arrays.update(
             {name: array[..., :1] for name, array in arrays.items() if "vae" in name}
         ),
+        lambda plain, arrays: arrays.update(
+            {name: array.astype(np.float64) for name, array in arrays.items() if "vae" in name}
+        ),
+        lambda plain, arrays: arrays.update({"engine/sink_k": arrays["engine/sink_k"][:, :, :1]}),
+        lambda plain, arrays: arrays.update({"engine/surplus": arrays["engine/cache_k"]}),
     ],
 )
 def test_a_file_that_was_tampered_with_is_refused(
     pipeline: Pipeline, saved: Path, tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]
 ) -> None:
-    with safe_open(saved, "numpy") as file:
-        header = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    plain = json.loads(header["session"])
+    """Also where its checksum is right, as of a file that somebody made."""
+    text, arrays = tensorfile.read(saved, FORMAT)
+    plain = json.loads(text)
     change(plain, arrays)
     path = tmp_path / "x"
-    packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(packed, path, {**header, "session": json.dumps(plain)})
+    tensorfile.write(path, FORMAT, json.dumps(plain), arrays)
     with pytest.raises(SwiftVideoError):
         pipeline.restore(path)
 
@@ -214,9 +236,11 @@ def test_what_cannot_be_written_leaves_no_file(
     with pipeline.session(texts[0]) as session:
         with pytest.raises(UsageError, match=r"cannot be written .*choose another place"):
             session.save(tmp_path / "no" / "x")
-        for impossible in (tmp_path, tmp_path / ("x" * 300), f"{tmp_path}/a\0b"):
+        for impossible in (tmp_path / ("x" * 300), f"{tmp_path}/a\0b"):
             with pytest.raises(UsageError, match=r"cannot be written"):
                 session.save(impossible)
+        with pytest.raises(UsageError, match=r"is a folder: give a file's name"):
+            session.save(tmp_path)
         wrong: Any = None
         with pytest.raises(UsageError, match="path is None: the name of a file is needed"):
             session.save(wrong)
@@ -226,4 +250,4 @@ def test_what_cannot_be_written_leaves_no_file(
         session.prompt(prompt)
         with pytest.raises(UsageError, match=r"made from embeddings: only prompts with a text can be saved"):
             session.save(tmp_path / "x")
-    assert not list(tmp_path.iterdir()) and not Path(f"{tmp_path}.partial").exists()
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))

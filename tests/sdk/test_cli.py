@@ -244,6 +244,81 @@ def test_an_interrupted_process_keeps_what_was_made(
     assert report["contact_sheet"] == str(tmp_path / "x.png") and (tmp_path / "x.png").stat().st_size > 0
 
 
+INTERRUPTING = """
+import os, sys
+from swiftvideo.sdk.entry import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), number)
+
+number, module = int(sys.argv.pop()), sys.argv.pop()
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+def interrupted_at_import(module: str, number: signal.Signals, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command that gets a signal as it begins to import `module`."""
+    command = [sys.executable, "-c", INTERRUPTING, *map(str, arguments), module, str(int(number))]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    return child.returncode, child.stdout, child.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_command_is_loaded_ends_it_silently(number: signal.Signals) -> None:
+    assert interrupted_at_import("typer", number, "doctor") == (-number, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_model_is_loaded_is_said(
+    options: list[object], tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "x.mp4"
+    given = ("onnxruntime", number, "generate", "--prompt", RED, "--out", out, *options)
+    assert interrupted_at_import(*given) == (128 + number, "", "interrupted: nothing was made yet\n")
+    code, told, err = interrupted_at_import(*given, "--json")
+    assert (code, err, out.exists()) == (128 + number, "", False)
+    said = {"type": "KeyboardInterrupt", "message": "interrupted: nothing was made yet"}
+    assert json.loads(told) == {"error": said}
+
+
+def test_the_bar_tells_the_time_in_80_columns(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    given = ("--prompt", RED, "--at", "1s", "--prompt", YELLOW, "--seconds", "2.5", "--policy", "recache")
+    result = run("generate", *given, "--out", tmp_path / "x.mp4", *options)
+    assert re.search(r"^a yell.*… .* 30/30 frames .* full-recache 0:00:\d\d$", result.stderr, re.M), (
+        result.stderr
+    )
+
+
+def test_one_frame_is_no_frames(options: list[object], tmp_path: Path) -> None:
+    result = run("generate", "--prompt", RED, "--seconds", "0.01", "--out", tmp_path / "x.mp4", *options)
+    assert "x.mp4: 1 frame, 0.08 s" in result.stdout
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+from swiftvideo.sdk.cli import main
+main()
+"""
+
+
+def test_a_disk_that_is_full_is_said_with_what_is_kept(options: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "x.mp4"
+    given = ("generate", "--prompt", RED, "--seconds", 60, "--json", "--out", out, *options)
+    command = [sys.executable, "-c", FULL, *map(str, given)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    kept, error = child.stderr.splitlines()
+    assert child.returncode == 1 and error.startswith(f"swiftvideo: '{out}': writing failed, ")
+    assert re.fullmatch(rf"what was made before, about \d+ frames, is in {out}", kept)
+    assert "writing failed" in json.loads(child.stdout)["error"]["message"]
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, options: list[object]) -> None:
     given = ("generate", "--prompt", RED, "--seconds", 4, "--out", tmp_path / "x.mp4", *options)
     before = signal.signal(

@@ -101,15 +101,14 @@ def test_what_needs_no_weights_is_checked_before_them(
     assert not out.exists()
 
 
-def test_sigterm_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     program = "import time, swiftvideo.export.bundle as b; b.export_graph = lambda *_: time.sleep(600); "
     program += "from swiftvideo.sdk.cli import main; main()"
     place = tmp_path / "bundles"
     command = [sys.executable, "-c", program, "export", str(folder), "--out", str(place / "b")]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    _, err = interrupted(
-        child, signal.SIGTERM, lambda: place.is_dir() and any(place.glob(".b-*/onnx")), within=300
-    )
-    assert child.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    _, err = interrupted(child, number, lambda: place.is_dir() and any(place.glob(".b-*/onnx")), within=300)
+    assert child.returncode == 128 + number and "Traceback" not in err
     assert "interrupted: what was not finished is removed" in err
     assert not place.exists()

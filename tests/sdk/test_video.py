@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -122,10 +123,11 @@ import numpy as np
 from swiftvideo.sdk.output import OutputError
 from swiftvideo.sdk.video import VideoWriter
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no byte fits
-writer = VideoWriter(sys.argv[1], 64, 64, 12)
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    writer.write(np.zeros((300, 64, 64, 3), np.uint8))
+    with VideoWriter(sys.argv[1], 64, 64, 12) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 255, (300, 64, 64, 3), np.uint8))
 except OutputError as error:
     print(error)
 writer.close()
@@ -133,10 +135,10 @@ print("closed")
 """
 
 
-def test_a_disk_that_is_full_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path / "a.mp4")], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_a_disk_that_is_full_is_an_error_and_no_crash(tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "a.mp4"), str(limit)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     first, last = child.stdout.splitlines()
     assert "a.mp4': writing failed" in first and last == "closed"
@@ -173,9 +175,21 @@ def test_writing_after_closing_is_refused(tmp_path: Path) -> None:
         writer.write(colours(1))
 
 
-@pytest.mark.parametrize(("width", "height", "fps"), [(63, 64, 12), (64, 0, 12), (64, 64, 0)])
-def test_sizes_that_cannot_be_encoded_are_refused(tmp_path: Path, width: int, height: int, fps: int) -> None:
-    with pytest.raises(SettingsError):
+@pytest.mark.parametrize(
+    ("width", "height", "fps", "said"),
+    [
+        (63, 64, 12, "video of 63x64"),
+        (64, 0, 12, "video of 64x0"),
+        (64.0, 64, 12, "video of 64.0x64"),
+        (64, 64, 0, "fps is 0"),
+        (64, 64, 12.5, r"video of 64x64 at 12\.5 frames per second: whole numbers"),
+        (64, 64, "12", "at '12' frames"),
+    ],
+)
+def test_sizes_that_cannot_be_encoded_are_refused(
+    tmp_path: Path, width: Any, height: Any, fps: Any, said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
         VideoWriter(tmp_path / "a.mp4", width, height, fps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import grpc
 import numpy as np
@@ -23,9 +24,12 @@ import pytest
 from typer.testing import CliRunner
 
 from swiftvideo.runtime.errors import ClosedError, SettingsError, UsageError
-from swiftvideo.runtime.geometry import PolicySettings
+from swiftvideo.runtime.geometry import Mode, Policy, PolicySettings
 from swiftvideo.sdk import aio, cli, remote
-from swiftvideo.sdk.client import Client
+from swiftvideo.sdk.client import Client, Video
+from swiftvideo.sdk.generate import generate as local_generate
+from swiftvideo.sdk.generate_remote import generate_on
+from swiftvideo.sdk.story import Cue, Story
 from swiftvideo.v1 import generation_pb2 as pb
 from tests.interrupting import interrupted
 
@@ -134,6 +138,9 @@ def test_no_server_is_an_error_and_not_a_wait_for_ever() -> None:
         ({"prompt": "w1 \ud800"}, r"prompt is 'w1 \\ud800'"),
         ({"linger": math.inf}, "linger is inf"),
         ({"linger": math.nan}, "linger is nan"),
+        ({"linger": "3"}, "linger is '3': use 0 to"),
+        ({"linger": None}, "linger is None"),
+        ({"deadline": "3"}, "deadline is '3'"),
         ({"deadline": -1}, "deadline is -1"),
         ({"prompt": "ä" * 3000}, "the prompt has 6000 bytes: use at most 4096"),
     ],
@@ -143,9 +150,16 @@ def test_impossible_values_are_refused_before_any_call(fields: dict[str, Any], t
         client.generate(**{"prompt": "w1", **fields})
 
 
-@pytest.mark.parametrize("timeout", [-1, math.nan])
-def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
-    with pytest.raises(SettingsError, match=f"timeout is {timeout}"):
+def test_names_of_modes_and_policies_are_types() -> None:
+    """So a type checker sees a misspelt one."""
+    for client in (Client, aio.Client):
+        assert get_type_hints(client.generate)["policy"] == pb.PolicySettings | Policy | None
+    assert get_type_hints(remote.RemoteChunk)["mode"] == Mode | Literal[""]
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan, "10"])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(SettingsError, match=f"timeout is {timeout!r}"):
         Client("127.0.0.1:1", timeout=timeout)
 
 
@@ -196,11 +210,11 @@ def test_a_client_that_was_closed_says_so(server: ServerProcess) -> None:
         waiting = asyncio.create_task(anext(video))
         await asyncio.sleep(0)
         await client.close()
-        for call in (client.describe(), client.sessions(), anext(video), waiting):
+        with contextlib.suppress(StopAsyncIteration):  # as `Video.close`, or the chunk came before
+            assert (await waiting).index == 1
+        for call in (client.describe(), client.sessions(), anext(video)):
             with pytest.raises(ClosedError, match=f"the client of {server.address} was closed"):
-                while True:
-                    await call
-                    call = anext(video)  # what had come before the end is there yet
+                await call
         with pytest.raises(ClosedError):
             client.generate("w1")
         await video.close()
@@ -249,6 +263,45 @@ def test_the_async_client_does_the_same(server: ServerProcess, pipeline: Any) ->
     assert made == reference(pipeline, 4, 5, []) and engine == "onnxruntime"
 
 
+def test_another_client_takes_a_session_up(server: ServerProcess, pipeline: Any) -> None:
+    with Client(server.address) as client, client.generate("w1 w2", seed=4, credits=2) as video:
+        assert video.resume_token == ""
+        made = [bytes(next(video).frames)]
+        id = video.prompt("w8 w9", at_chunk=5)
+        made += [bytes(next(video).frames) for _ in range(2)]
+        heard_at = list(heard(video.state).values())
+        with Client(server.address) as second, second.reattach(video.resume_token, 3) as taken:
+            chunks = [next(taken) for _ in range(2)]
+            assert taken.session_id == video.session_id and taken.resume_token == video.resume_token
+            with pytest.raises(remote.SessionLostError, match="another call reattached"):
+                for chunk in video:  # what had come before the end is there yet
+                    assert chunk.index < 5
+
+            async def run() -> None:
+                async with aio.Client(server.address) as third:
+                    with pytest.raises(remote.RefusedError, match="first that is kept"):
+                        await anext(third.reattach(video.resume_token))
+                    async with third.reattach(video.resume_token, 5) as last:
+                        chunks.extend([await anext(last) for _ in range(2)])
+                        assert last.session_id == video.session_id
+                    assert await third.sessions() == []
+                    with pytest.raises(remote.SessionLostError, match="no session has this resume token"):
+                        await anext(third.reattach(video.resume_token, 7))
+                    for token, index, text in (
+                        (None, 0, "the resume token is None"),
+                        ("t", -1, "next_chunk is -1"),
+                    ):
+                        for reattach in (client.reattach, third.reattach):
+                            with pytest.raises(SettingsError, match=text):
+                                reattach(token, index)  # type: ignore[arg-type]
+
+            asyncio.run(run())
+    assert [chunk.index for chunk in chunks] == [3, 4, 5, 6]
+    assert [chunk.prompt_id for chunk in chunks] == ["", "", id, id]
+    made += [bytes(chunk.frames) for chunk in chunks]
+    assert made == reference(pipeline, 4, 7, heard_at)
+
+
 def test_policy_settings_reach_the_runtime(server: ServerProcess) -> None:
     policy = pb.PolicySettings(
         kind=pb.POLICY_KIND_RECACHE, window=pb.Window(enabled=False), bridge=pb.Bridge(recent=1)
@@ -283,6 +336,40 @@ def test_the_command_makes_a_video_on_a_server(server: ServerProcess, tmp_path: 
         [*command, "--prompt", "w5", "--at", "5.9s"], capture_output=True, text=True, check=False
     )
     assert late.returncode == 2 and "would take effect at" in late.stderr
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param((13.1,), id="within a chunk"),
+        pytest.param((0.7, 0.8, 0.9, 9.9), id="several within one"),
+        pytest.param(tuple(1.3 * number for number in range(1, 80)), id="more than may wait"),
+    ],
+)
+def test_a_server_makes_the_same_video_of_a_story(
+    server: ServerProcess,
+    pipeline: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: tuple[float, ...],
+) -> None:
+    """Also where the server has made all that it may before it hears a prompt."""
+    send = Video.prompt
+
+    def late(video: Video, text: str, at_chunk: int = 0) -> str:
+        while not (found := operator.sessions()) or found[0].credits_left:
+            pass
+        return send(video, text, at_chunk)
+
+    monkeypatch.setattr(Video, "prompt", late)
+    cues = tuple(Cue(f"w{number % 40}", time) for number, time in enumerate((0.0, *times)))
+    story = Story(cues, times[-1] + 3.2, seed=7)
+    here = local_generate(pipeline, story, tmp_path / "here.mp4")
+    with Client(server.address) as client, Client(server.address) as operator:
+        there = generate_on(client, story, tmp_path / "there.mp4")
+    assert there.windows == here.windows and there.switches == here.switches
+    assert len(here.switches) == len(times) and len(set(here.windows)) > 1
+    assert (tmp_path / "there.mp4").read_bytes() == (tmp_path / "here.mp4").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,18 @@ def test_an_engine_that_has_ended_takes_no_session(crash: bool) -> None:
     assert isinstance(made.error, EngineError) and session.closed_in
 
 
+def test_a_session_that_comes_after_a_crash_of_the_engine_ends(pipeline: Any) -> None:
+    async def work(manager: SessionManager) -> None:
+        assert manager.engine.stop(60)  # as after a crash that the event loop has not heard of
+        session = await begun(manager)
+        outbox = session.outbox
+        await until(lambda: not manager.sessions)
+        assert outbox is not None and isinstance(outbox.outcome, Refusal) and session.job.session.closed
+        assert outbox.outcome.code is grpc.StatusCode.INTERNAL
+
+    running(pipeline, work)
+
+
 def test_a_server_whose_engine_is_stuck_closes_and_its_sessions_end_later(
     pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

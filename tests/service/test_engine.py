@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from swiftvideo.sdk.server import payload
 from swiftvideo.sdk.server.admission import Admission
 from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.engine import EngineThread, Job, Made
+from swiftvideo.sdk.server.manager import SessionManager
+from swiftvideo.sdk.server.metrics import Metrics
 from swiftvideo.sdk.server.server import Server
 from swiftvideo.sdk.server.session import Outbox
 from swiftvideo.sdk.server.status import TABLE, Refusal, refusal
@@ -102,6 +106,35 @@ def test_a_cancel_stops_a_chunk_within_one_run_of_the_backbone(pipeline: Any) ->
     assert job.forwards_cancelled == 1 and job.forwards == 1 and session.closed
     engine.cancel(job)
     assert engine.stop(10) and len(collected.made) == 1
+
+
+def test_a_session_that_ended_and_its_prompts_are_gone_without_a_collection(pipeline: Any) -> None:
+    """A prompt on a GPU is 94 MB."""
+
+    async def run() -> None:
+        manager = SessionManager(pipeline, ServerConfig(), Metrics())
+        session, outbox = await manager.start("ann", pb.Start(prompt="w1", credits=2), "test")
+        await manager.prompt(session, pb.Prompt(id="a", text="w2"))
+        await manager.prompt(session, pb.Prompt(id="b", text="w3", at_chunk=3000))
+        (ask, ahead) = session.job.asks
+        left = [weakref.ref(item) for item in (session, session.job, session.job.session)]
+        left += [weakref.ref(item.prompt.signature) for item in (ask, ahead)]
+        del ask, ahead
+        while session.delivered < 2:
+            await asyncio.sleep(0.01)
+        manager.detach(session, outbox)
+        del session, outbox
+        async with asyncio.timeout(30):
+            while manager.sessions or any(item() is not None for item in left):
+                await asyncio.sleep(0.01)
+        await manager.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 def test_a_crash_of_the_thread_tells_every_session(pipeline: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,9 +58,77 @@ def test_a_snapshot_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(store.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["session", "chunks", "json"])
+def test_what_a_killed_server_was_writing_counts_and_goes(tmp_path: Path, stage: str) -> None:
+    """Also the file of a snapshot that is written again after the restart."""
+    program = f"""if True:
+        import os, sys
+        from pathlib import Path
+        from swiftvideo.runtime import files
+        from swiftvideo.sdk.server.session import Kept
+        from swiftvideo.sdk.server.store import Store, Stored
+        replace = Path.replace
+        def killed(self, target):
+            if {f".{stage}."!r} in self.name:
+                os.kill(os.getpid(), 9)
+            return replace(self, target)
+        Path.replace = killed
+        store = Store(Path(sys.argv[1]), 100, 1 << 20)
+        files.replace(Path(store.session_path({IDS[0]!r}, 1)), [b"session"])
+        store.write(Stored({IDS[0]!r}, "hash", "ann", 1, 4, 1, 30.0, 0, 4, 1, []), [Kept(4, b"", b"four")])
+    """
+    for _ in range(2):
+        killed = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "s")], timeout=120, check=False
+        )
+        assert killed.returncode == -9
+    left = list((tmp_path / "s").iterdir())
+    partial = [path for path in left if path.suffix == ".partial"]
+    assert len(partial) == 2 and all(f".{stage}." in path.name for path in partial)
+    store = opened(tmp_path / "s")
+    store.expire({IDS[0]})
+    assert store.used == sum(path.stat().st_size for path in left)
+    stored = snapshot(store, IDS[0])
+    assert len(list(store.folder.iterdir())) == 3 and store.find(stored.token_hash) == stored
+    for path in partial:
+        path.touch()
+        grow_old(path)
+    store.delete(IDS[0])
+    assert list(store.folder.iterdir()) == []
+    for path in partial:
+        path.touch()
+        grow_old(path)
+    store.expire(())
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_snapshot_that_was_changed_is_not_used(tmp_path: Path) -> None:
+    store = opened(tmp_path / "s")
+    stored = snapshot(store, IDS[0])
+    path = store.folder / f"{IDS[0]}.1.chunks"
+    data = path.read_bytes()
+    at = data.index(b"five")
+    path.write_bytes(data[:at] + b"fiwe" + data[at + 4 :])
+    with pytest.raises(UsageError, match=r"chunks is not what was saved .its SHA-256 is another"):
+        store.chunks(stored)
+    path.write_bytes(data)
+    document = store.folder / f"{IDS[0]}.json"
+    document.write_text(document.read_text().replace('"w1"', '"w2"'))
+    changed = store.find(stored.token_hash)
+    assert changed is not None and changed.prompts[0][2] == "w2"
+    with pytest.raises(UsageError, match=rf"chunks is not of the same snapshot as {IDS[0]}.json"):
+        store.chunks(changed)
+    path.unlink()
+    with pytest.raises(UsageError, match="chunks is not there"):
+        store.chunks(stored)
+
+
 def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir(mode=0o700)
-    names = ("package.json", "my.session", "x.3.chunks", "a.partial", f"{IDS[0]}.txt", f"{IDS[0]}.x.session")
+    names = (
+        *("package.json", "my.session", "x.3.chunks", "a.partial", f"{IDS[0]}.txt", f"{IDS[0]}.x.session"),
+        *(f"{IDS[0]}.json.partial", f"{IDS[0]}.1.chunks.0123456x.partial", "package.json.01234567.partial"),
+    )
     for name in names:
         (tmp_path / "s" / name).write_text("precious")
         grow_old(tmp_path / "s" / name)
@@ -98,12 +168,12 @@ def test_what_is_old_goes_but_not_while_its_session_lives(tmp_path: Path) -> Non
 
 
 def test_the_oldest_that_do_not_live_make_room(tmp_path: Path) -> None:
-    store = opened(tmp_path / "s", space=4500)
-    snapshots = [snapshot(store, id, size=1000, age=30 - at) for at, id in enumerate(IDS[:2])]
-    living = snapshot(store, IDS[2], size=100, age=50)
+    store = opened(tmp_path / "s", space=40_000)
+    snapshots = [snapshot(store, id, size=10_000, age=30 - at) for at, id in enumerate(IDS[:2])]
+    living = snapshot(store, IDS[2], size=1000, age=50)
     assert not store.full and all(store.find(item.token_hash) for item in snapshots)
     newest = Stored(IDS[3], "hash", "ann", 1, 4, 1, 30.0, 0, 4, 1, [])
-    Path(store.session_path(IDS[3], 1)).write_bytes(bytes(2000))
+    Path(store.session_path(IDS[3], 1)).write_bytes(bytes(20_000))
     store.write(newest, [], {IDS[2], IDS[3]})
     assert [bool(store.find(item.token_hash)) for item in (*snapshots, living, newest)] == [
         False,
@@ -112,7 +182,7 @@ def test_the_oldest_that_do_not_live_make_room(tmp_path: Path) -> None:
         True,
     ]
     assert not store.full
-    Path(store.session_path(IDS[3], 2)).write_bytes(bytes(4000))
+    Path(store.session_path(IDS[3], 2)).write_bytes(bytes(40_000))
     store.expire({IDS[2], IDS[3]})
     assert store.full and len(list(store.folder.glob("*.json"))) == 2
     store.delete(IDS[3])

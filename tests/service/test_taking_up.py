@@ -89,6 +89,69 @@ def test_one_that_comes_too_late_for_a_chunk_leaves_a_restored_session_to_wait(
     asyncio.run(run())
 
 
+async def killed(manager: SessionManager) -> ServedSession:
+    """A session of which nothing but a snapshot is left."""
+    session, _ = await begun(manager)
+    while not session.stored:
+        await asyncio.sleep(0.01)
+    manager.give_up(session, "as a kill would")
+    while manager.sessions:
+        await asyncio.sleep(0.01)
+    return session
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_one_of_another_client_is_refused_as_if_there_was_nothing(
+    pipeline: Any, tmp_path: Path, restored: bool
+) -> None:
+    async def run() -> None:
+        config = ServerConfig(snapshots=tmp_path / "s", snapshot_chunks=1)
+        manager = SessionManager(pipeline, config, Metrics())
+        session = await killed(manager) if restored else (await begun(manager))[0]
+        call = session.outbox
+        message = pb.Reattach(resume_token=session.token)
+        for client in ("bob", "", "ann "):
+            with pytest.raises(Refusal, match="no session has this resume token") as caught:
+                await reattach(manager, client, message, "test")
+            assert caught.value.code is grpc.StatusCode.NOT_FOUND
+            assert list(manager.sessions.values()) == ([] if restored else [session])
+            assert not manager._open_caches() if restored else session.outbox is call
+        again, outbox = await reattach(manager, "ann", message, "test")
+        assert (again is session) is not restored and again.terms.client == "ann"
+        manager.detach(again, outbox)
+        await nothing_left(manager)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["session", "chunks", "json", ""])
+def test_one_from_a_damaged_snapshot_is_refused_without_the_servers_paths(
+    pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A bit of a file, or a whole file, is not what it was."""
+
+    async def run() -> None:
+        config = ServerConfig(snapshots=tmp_path / "s", snapshot_chunks=1)
+        manager = SessionManager(pipeline, config, Metrics())
+        session = await killed(manager)
+        if name:
+            (path,) = (tmp_path / "s").glob(f"*.{name}")
+            data = bytearray(path.read_bytes())
+            at = data.index(b"linger") + 9 if name == "json" else len(data) - 1
+            data[at] ^= 1
+            path.write_bytes(data)
+        else:
+            next((tmp_path / "s").glob("*.session")).unlink()
+        with pytest.raises(Refusal) as caught:
+            await reattach(manager, "ann", pb.Reattach(resume_token=session.token), "test")
+        assert caught.value.code is grpc.StatusCode.DATA_LOSS
+        assert str(caught.value) == "the snapshot of this session cannot be used: start a new one"
+        assert str(tmp_path) in caplog.text
+        await nothing_left(manager)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("restored", [False, True])
 def test_one_that_breaks_at_any_moment_leaves_no_session_for_ever(
     pipeline: Any, tmp_path: Path, restored: bool

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
 from swiftvideo.runtime.errors import ClosedError
-from swiftvideo.sdk import aio, connection, remote
+from swiftvideo.sdk import aio, client as client_module, connection, remote
 from swiftvideo.sdk.client import Client, Video
 from swiftvideo.sdk.messages import start_of
 from swiftvideo.sdk.remote import VideoState
@@ -178,6 +180,83 @@ def test_a_video_that_is_dropped_ends_its_session(server: ServerProcess) -> None
                 await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_client_that_is_closed_ends_its_sessions(server: ServerProcess, kept: bool) -> None:
+    """At once, though each would linger: those of videos that are still held, and of those that were just dropped."""
+    with Client(server.address) as operator:
+        for _ in range(3):
+            with Client(server.address) as client:
+                videos = [client.generate("w1") for _ in range(3)]
+                assert [next(video).index for video in videos] == [0, 0, 0]
+                assert len(operator.sessions()) == 3
+                if not kept:
+                    videos.clear()
+            assert operator.sessions() == []
+            for video in videos:
+                video.close()
+                with pytest.raises(ClosedError):
+                    next(video)
+
+        async def run() -> None:
+            for _ in range(3):
+                async with aio.Client(server.address) as client:
+                    videos = [client.generate("w1") for _ in range(3)]
+                    for video in videos:
+                        assert (await anext(video)).index == 0
+                    assert len(operator.sessions()) == 3
+                    if not kept:
+                        del video
+                        videos.clear()
+                assert operator.sessions() == []
+                for video in videos:
+                    await video.close()
+                    with pytest.raises(ClosedError):
+                        await anext(video)
+
+        asyncio.run(run())
+
+
+def test_a_client_that_is_closed_ends_a_session_whose_connection_broke(server: ServerProcess) -> None:
+    with Client(server.address) as operator:
+        with proxied(server.port) as (address, proxy, loop), Client(address) as client:
+            video = client.generate("w1")
+            next(video)
+            loop.call_soon_threadsafe(proxy.cut)
+            while operator.sessions()[0].attached:
+                pass
+            client.close()
+            assert proxy.cuts == 1 and operator.sessions() == []
+
+        async def run() -> None:
+            proxy = CuttingProxy(server.port)
+            async with aio.Client(await proxy.start()) as client:
+                video = client.generate("w1")
+                await anext(video)
+                proxy.cut()
+                while operator.sessions()[0].attached:
+                    await asyncio.sleep(0)
+            assert proxy.cuts == 1 and operator.sessions() == []
+            await proxy.close()
+
+        asyncio.run(run())
+
+
+def test_a_client_waits_once_for_a_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+
+    def join(_: object, seconds: float) -> None:
+        nonlocal now
+        now += max(0.0, seconds)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(f"127.0.0.1:{silent.getsockname()[1]}")
+        videos = [client.generate("w1") for _ in range(4)]
+        monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now))
+        monkeypatch.setattr(client_module._Call, "join", join)
+        client.close()
+        assert now == 1000 + remote.CLOSING and len(videos) == 4
 
 
 def test_a_cut_after_a_long_wait_is_mended(server: ServerProcess) -> None:

@@ -32,6 +32,7 @@ from swiftvideo.runtime.errors import (
     SettingsError,
 )
 from swiftvideo.runtime.manifest import GRAPHS, Manifest, measure_files
+from swiftvideo.runtime.plugins import flavours
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
 from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, OPS, ROW_OPS, read_kernel
 from swiftvideo.runtime.plugins.plans import choose_plans, plans_of
@@ -102,6 +103,16 @@ def test_plans_with_plugins_are_preferred_and_rebuilding_replaces(small: Path) -
     assert sorted(plan.functions for plan in plans) == [False, True]
     chosen = choose_plans(manifest, RTX.name, str(RTX.installed), 86)
     assert list(chosen) == ["inject"] and not chosen["inject"].functions
+    assert set(manifest.files) == set(measure_files(small))
+
+
+def test_targets_that_are_one_thing_replace_each_other(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As h100 and h200: what is left of the other would be chosen in its place, or refused for old kernels."""
+    monkeypatch.setitem(flavours._NAMED, "another", (RTX, 89))
+    for target in ("rtx:sm89", "another"):
+        build_plans(small, target, graphs=["inject"])
+    manifest = Manifest.load(small)
+    assert [plan.target for plan in plans_of(manifest)] == ["another"]
     assert set(manifest.files) == set(measure_files(small))
 
 
@@ -338,16 +349,26 @@ def test_tensorrt_builds_on_the_gpu_it_builds_for(small: Path, monkeypatch: pyte
 def test_reports_of_the_log_and_of_the_inspector_read_alike() -> None:
     log = (
         "Layers:\n"
-        "Name: swift.SemanticInjection.0._myl0_1, LayerType: custom_layer, Inputs: [ { Name: v, Datatype: Int32 }], "
-        "Constants: [], Outputs: [ { Name: b, Dimensions: [2], Datatype: BFloat16, Format: x }], TacticName: \n"
+        "Name: swift.SemanticInjection.0._myl0_1, LayerType: custom_layer, Inputs: [ { Name: v, Dimensions: [3,-1], "
+        "Strides: [-1,1], Datatype: Int32 }], Constants: [ { Name: c, Dimensions: [9], Datatype: Half }], "
+        "Outputs: [ { Name: b, Dimensions: [2], Datatype: BFloat16, Format: x }], TacticName: \n"
         "Name: none, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: \n\nI/O Tensors:\n"
         " Name: v, IOMode: Input, DataType: Int32"
     )
-    shapes = {"name": "none", "type": "shape_call", "plugin": False, "precision": ""}
-    ours = {"name": "swift.SemanticInjection.0._myl0_1", "type": "custom_layer", "plugin": True}
-    assert parse_report(log) == [ours | {"precision": "BFloat16"}, shapes]
-    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3", "Inputs": []}
-    layer["Outputs"] = [{"Name": "b", "Dimensions": [2], "Format/Datatype": "Row major linear BFloat16"}]
+    tensors = {"precision": "BFloat16", "inputs": ["Int32[3,-1]"], "outputs": ["BFloat16[2]"]}
+    ours = {"name": "swift.SemanticInjection.0._myl0_1", "type": "custom_layer", "plugin": True, **tensors}
+    shapes = {
+        "name": "none",
+        "type": "shape_call",
+        "plugin": False,
+        "precision": "",
+        "inputs": [],
+        "outputs": [],
+    }
+    assert parse_report(log) == [ours, shapes]
+    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3"}
+    for side, shape, kind in (("Inputs", [3, -1], "Int32"), ("Outputs", [2], "BFloat16")):
+        layer[side] = [{"Name": "b", "Dimensions": shape, "Format/Datatype": f"Row major linear {kind}"}]
     assert parse_inspection(json.dumps({"Layers": [layer], "Bindings": ["v", "b"]})) == [
-        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, "precision": "BFloat16"}
+        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, **tensors}
     ]

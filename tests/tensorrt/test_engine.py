@@ -5,6 +5,7 @@ of the decoder's input, switches, sink and state included. What a GPU adds to th
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import shutil
 import threading
@@ -172,8 +173,15 @@ def test_state_moves_to_another_session(manifest: Manifest, engine: TensorRTEngi
     fresh.import_state(wanted)
     for key, value in fresh.export_state().items():
         np.testing.assert_array_equal(value, wanted[key])
-    with pytest.raises(UsageError, match="cache_k of the saved state do not fit"):
-        fresh.import_state(wanted | {"cache_k": wanted["cache_k"][:, :, 1:]})
+    vae = wanted["vae_cache_0"]
+    for name, value in (
+        ("cache_k", wanted["cache_k"][:, :, 1:]),
+        ("sink_k", np.ones(1, np.float32)),
+        ("vae_cache_0", vae.astype(np.float64)),
+        ("vae_cache_99", vae),
+    ):
+        with pytest.raises(UsageError, match=f"{name} of the saved state is .*restore it with the bundle"):
+            fresh.import_state(wanted | {name: value})
     fresh.close()
 
 
@@ -316,6 +324,22 @@ def test_a_capture_that_fails_is_ended_and_names_its_cause(
     assert not driver.capturing
     del rollout
     assert driver.allocated == before
+
+
+def test_nothing_is_collected_while_denoise_is_captured(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed session's memory would be freed in the middle of it."""
+    driver, seen = engine.driver, set()
+    execute = Context.execute_async_v3
+
+    def watched(self: Context, stream: int) -> bool:
+        seen.add((int(stream) in driver.capturing, gc.isenabled()))
+        return execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", watched)
+    begun(engine, manifest).advance()
+    assert seen == {(True, False), (False, True)} and gc.isenabled()
 
 
 def test_a_plan_that_cannot_be_captured_runs_all_the_same(

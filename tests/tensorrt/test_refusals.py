@@ -198,6 +198,12 @@ def test_a_missing_plugin(bundle: Manifest) -> None:
         choose(dataclasses.replace(bundle, files=files))
 
 
+def test_a_plan_that_is_not_listed(bundle: Manifest) -> None:
+    files = {name: entry for name, entry in bundle.files.items() if name != "trt/denoise.plan"}
+    with pytest.raises(BundleMissingError, match=r"names the plan trt/denoise\.plan and does not list it"):
+        choose(dataclasses.replace(bundle, files=files))
+
+
 def test_another_plugin_than_the_bundle_s(bundle: Manifest) -> None:
     assert bundle.folder is not None
     for name, content in kernel(INJECTION, content=b"another cubin").files().items():

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from swiftvideo.export.models.vae import StreamingDecoder, to_uint8
+from swiftvideo.export.models.vae import StreamingDecoder, over_time, to_uint8
 from swiftvideo.runtime.errors import CheckpointError, UsageError
 
 
@@ -28,6 +30,19 @@ def autoencoder(
         elif "gamma" not in name:
             weight.data.mul_(1.7)  # pictures with contrast
     return vae.eval().requires_grad_(False)
+
+
+class CountedConvolutions(TorchDispatchMode):
+    """Ranks of what is convolved inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.ranks.append(args[0].ndim)
+        return func(*args, **(kwargs or {}))
 
 
 def whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -65,6 +80,23 @@ def test_other_shapes_of_the_decoder(mult: tuple[int, ...], blocks: int, tempora
     decoder = StreamingDecoder(vae)
     torch.testing.assert_close(stream(decoder, latents, (4,)), whole(vae, latents), atol=1e-4, rtol=0)
     assert (decoder.temporal_stride, decoder.spatial_stride) == (2 ** sum(temporal), 2 ** (len(mult) - 1))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1)])
+def test_three_convolutions_in_two_dimensions_are_one_in_three(kernel: tuple[int, int, int]) -> None:
+    conv = torch.nn.Conv3d(5, 7, kernel)
+    x = torch.randn(2, 5, 6, 4, 9)
+    with CountedConvolutions() as seen:
+        made = over_time(x, conv)
+    expected = torch.nn.functional.conv3d(
+        x.double(), conv.weight.double(), conv.bias.double(), padding=(0, kernel[1] // 2, kernel[2] // 2)
+    )
+    torch.testing.assert_close(made.double(), expected, atol=1e-5, rtol=0)
+    assert seen.ranks == [4, 4, 4]
+    with CountedConvolutions() as seen:
+        half = over_time(x.bfloat16(), conv.bfloat16())
+    torch.testing.assert_close(half.double(), expected, atol=0.05, rtol=0)
+    assert seen.ranks == [5]
 
 
 def test_caches_have_the_announced_shapes() -> None:
