@@ -94,7 +94,8 @@ def layout(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str
 class Arena:
     """Named tensors in one allocation of device memory, zeroed.
 
-    tensors: (shape, dtype) by name. Raises OutOfMemoryError before allocating when they do not fit.
+    tensors: (shape, dtype) by name. Raises OutOfMemoryError when they do not fit: before allocating, or where another
+    was quicker.
     """
 
     def __init__(
@@ -112,7 +113,11 @@ class Arena:
         base = int(check(driver, driver.cuMemAlloc(self.size), f"allocating {self.size} bytes for {what}"))
         self._base: int | None = base
         self._address = {name: base + offset for name, offset in offsets.items()}
-        check(driver, driver.cuMemsetD8Async(base, 0, self.size, stream), "clearing memory")
+        try:
+            check(driver, driver.cuMemsetD8Async(base, 0, self.size, stream), "clearing memory")
+        except EngineError:
+            self.close()
+            raise
 
     def __getitem__(self, name: str) -> int:
         """Address of a tensor."""
@@ -131,7 +136,7 @@ class Arena:
 
 
 class Pinned:
-    """Page-locked host memory: copies from and to it are asynchronous."""
+    """Page-locked host memory: copies from and to it are asynchronous. Raises OutOfMemoryError when there is none."""
 
     def __init__(self, driver: Any, size: int) -> None:
         self._driver = driver

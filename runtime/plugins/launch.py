@@ -12,13 +12,16 @@ import ctypes
 from collections.abc import Mapping
 from typing import Any
 
-from swiftvideo.runtime.errors import EngineError, EngineUnavailableError, UsageError
+from swiftvideo.runtime.errors import EngineError, EngineUnavailableError, OutOfMemoryError, UsageError
 
 from .kernel import Kernel
 
 _CTYPES: dict[str, Any] = {"ptr": ctypes.c_uint64, "i32": ctypes.c_int32, "f32": ctypes.c_float}
 _LOADED: dict[tuple[Any, int, str], tuple[Any, Any]] = {}
 """Library and kernel by driver, GPU and the cubin's SHA-256: loaded once, whatever the number of plugins."""
+
+OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY."""
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a kernel may use without asking for more."""
@@ -36,8 +39,15 @@ def cuda_driver() -> Any:
 
 
 def check(driver: Any, result: tuple[Any, ...], what: str) -> Any:
-    """The value of a driver call's (code, value...) result. Raises EngineError naming the code and `what`."""
+    """The value of a driver call's (code, value...) result.
+
+    Raises EngineError naming the code and `what`; OutOfMemoryError where the driver has no memory left.
+    """
     code, *values = result
+    if int(code) == OUT_OF_MEMORY:
+        raise OutOfMemoryError(
+            f"{what} failed with {describe(driver, code)}: close other sessions, or use a smaller model or resolution"
+        )
     if int(code):
         raise EngineError(f"{what} failed with {describe(driver, code)}")
     return values[0] if len(values) == 1 else tuple(values)
@@ -105,9 +115,7 @@ class Launcher:
 
     def run(self, stream: int, sizes: Mapping[str, int], *values: float) -> None:
         """`launch`, raising EngineError when it fails."""
-        code = self.launch(stream, sizes, *values)
-        if code:
-            raise EngineError(f"launching {self.spec.stem} failed with {describe(self._driver, code)}")
+        check(self._driver, (self.launch(stream, sizes, *values),), f"launching {self.spec.stem}")
 
 
 def _load(driver: Any, kernel: Kernel) -> Any:

@@ -29,7 +29,7 @@ async def drain(manager: SessionManager) -> None:
     )
     for session in list(manager.sessions.values()):
         session.send(pb.GenerateResponse(notice=notice))
-    while manager.sessions and manager.loop.time() < end:
+    while any(not session.over for session in manager.sessions.values()) and manager.loop.time() < end:
         alone = [s for s in manager.sessions.values() if s.outbox is None and not s.over]
         await _save(manager, alone, end)
         for session in alone:

@@ -14,7 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import SwiftVideoError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Endpoint:
         registry: of the metrics.
         well: what /healthz says: 200 or 503.
 
-    Raises SettingsError where it cannot listen there.
+    Raises SwiftVideoError where it cannot listen there.
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, well: Callable[[], bool]) -> None:
@@ -56,7 +56,7 @@ class Endpoint:
             kind = type("_Server", (_Server,), {"address_family": family})
             self._server = kind((host, port), _Handler)
         except OSError as error:  # socket.gaierror is one
-            raise SettingsError(
+            raise SwiftVideoError(
                 f"metrics cannot be served on {host}, port {port} ({error}): name an address of this machine and a "
                 "free port"
             ) from error

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from swiftvideo.runtime import Chunk, Prompt, Session
@@ -15,10 +16,12 @@ from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
 
 log = logging.getLogger(__name__)
 
+GIVEN_UP = "the session was given up"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A chunk, or what kept it from being made. Seconds."""
+    """A chunk, or what kept it from being made, or from being packed. Seconds."""
 
     chunk: Chunk | None
     error: BaseException | None
@@ -101,14 +104,19 @@ class EngineThread:
         self._running: Job | None = None
         self._running_since = 0.0
         self._stopping = False
+        """Whether no job is taken any more."""
         self._on_crash = on_crash
         self._thread = threading.Thread(target=self._work, name="swiftvideo-engine", daemon=True)
         self._thread.start()
 
     def add(self, job: Job) -> None:
-        """Take a job on; it is held until `update` says otherwise."""
+        """Take a job on; it is held until `update` says otherwise. Where the thread has ended, so does the job."""
         with self._condition:
-            self._jobs.add(job)
+            stopping = self._stopping
+            if not stopping:
+                self._jobs.add(job)
+        if stopping:
+            _end(job, Made(None, EngineError("the engine's thread has ended: try again"), 0.0, 0.0))
 
     def update(self, job: Job, limit: int | None = None, held: bool | None = None) -> None:
         """Change what a job may do."""
@@ -134,24 +142,18 @@ class EngineThread:
             return number, heard
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: a chunk in the making stops at the next run of the backbone; the session's memory is freed.
+        """Give a job up, without waiting: a chunk in the making stops at the next run of the backbone.
 
-        `job.done` is called with StoppedError once nothing of it is left, in the engine's thread or in this one.
+        The engine's thread frees the session's memory, and calls `job.done` with StoppedError once nothing of it is
+        left. On a GPU that may wait for the device, which no caller has time for.
         """
         with self._condition:
-            if job.cancelled or job not in self._jobs:
-                return
             job.cancelled = True
-            running = job is self._running
-            if not running:
-                self._jobs.discard(job)
-        if not running:
-            job.session.close()
-            job.done(Made(None, StoppedError("the session was given up"), 0.0, 0.0))
+            self._condition.notify()
 
     @property
     def busy_for(self) -> float:
-        """Seconds since the chunk in the making began; 0 where there is none."""
+        """Seconds since the chunk in the making, or the end of a job, began; 0 where there is none."""
         with self._condition:
             return time.monotonic() - self._running_since if self._running is not None else 0.0
 
@@ -174,11 +176,9 @@ class EngineThread:
     def stop(self, timeout: float) -> bool:
         """Cancel every job and end the thread; whether it ended in time."""
         with self._condition:
-            jobs = list(self._jobs)
-        for job in jobs:
-            self.cancel(job)
-        with self._condition:
             self._stopping = True
+            for job in self._jobs:
+                job.cancelled = True
             self._condition.notify()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -196,58 +196,77 @@ class EngineThread:
         except BaseException as error:  # a bug here must not leave sessions waiting for ever
             log.exception("the engine's thread ended")
             with self._condition:
-                jobs, self._jobs, self._running = list(self._jobs), set(), None
+                jobs, self._jobs, self._running, self._stopping = list(self._jobs), set(), None, True
+            text = f"the engine's thread ended with {type(error).__name__}"
             for job in jobs:
-                job.session.close()
-                job.done(
-                    Made(
-                        None, EngineError(f"the engine's thread ended with {type(error).__name__}"), 0.0, 0.0
-                    )
-                )
+                _end(job, Made(None, EngineError(text), 0.0, 0.0))
             if self._on_crash is not None:
                 self._on_crash(error)
 
     def _most_urgent(self) -> Job | None:
-        return min((job for job in self._jobs if job.ready), key=lambda job: job.deadline, default=None)
+        """What is given up comes first: it takes little time, and frees memory."""
+        jobs = (job for job in self._jobs if job.ready or job.cancelled)
+        return min(jobs, key=lambda job: (not job.cancelled, job.deadline), default=None)
 
     def _serve(self, job: Job) -> None:
-        """Make one chunk of a job and hand it on."""
+        """Make one chunk of a job and hand it on, or end the job."""
         asks = []
         with self._condition:
             while job.asks and job.asks[0].heard <= job.next_chunk:
                 asks.append(job.asks.popleft())
         begin = self._running_since
-        queued = begin - max(job.ready_since, 0.0)
-        saved = False
+        queued = begin - job.ready_since
+        written: str | None = None
         try:
+            _check(job)
             for ask in asks:
                 ahead = ask.at_chunk > job.next_chunk
                 job.session.prompt(ask.prompt, ask.at_chunk * job.session.geometry.chunk if ahead else None)
             chunk = next(job.session)
-            if job.cancelled:
-                raise StoppedError("the session was given up")
+            _check(job)
             path = job.save_path(chunk.index)
-            if path is not None:
-                saved = save(job.session, path)
-            made = Made(chunk, None, queued, time.monotonic() - begin, saved)
+            if path is not None and save(job.session, path):
+                written = path
+            made = Made(chunk, None, queued, time.monotonic() - begin, written is not None)
         except Exception as error:  # whatever one session does wrong ends that session only
             if not isinstance(error, StoppedError):
                 log.exception("a chunk failed")
+            error = error.with_traceback(None)  # which holds this frame, and so the job and what is made here
             made = Made(None, error, queued, time.monotonic() - begin)
         now = time.monotonic()
         with self._condition:
-            if made.error is None and not job.cancelled:
+            if made.error is None and job.cancelled:
+                made = Made(None, StoppedError(GIVEN_UP), queued, now - begin)
+            if made.error is None:
                 job.next_chunk += 1
                 job.deadline = max(job.deadline, now) + job.period
                 job.ready_since = now
+                self._running = None
             else:
                 self._jobs.discard(job)
-                if made.error is None:
-                    made = Made(None, StoppedError("the session was given up"), queued, now - begin)
+        if made.error is None:
+            job.done(made)
+            return
+        if written is not None:
+            discard(written)  # before anybody hears of the end, and may take the session up from an older one
+        _end(job, made)
+        with self._condition:
             self._running = None
-        if made.error is not None:
-            job.session.close()
-        job.done(made)
+
+
+def _check(job: Job) -> None:
+    """Raise StoppedError where a job was given up."""
+    if job.cancelled:
+        raise StoppedError(GIVEN_UP)
+
+
+def _end(job: Job, made: Made) -> None:
+    """Free a job's memory and hand on why."""
+    try:
+        job.session.close()
+    except Exception:  # the other sessions' memory is not hurt by it
+        log.exception("a session did not close")
+    job.done(made)
 
 
 def save(session: Session, path: str) -> bool:
@@ -258,3 +277,11 @@ def save(session: Session, path: str) -> bool:
         log.exception("a snapshot was not written")
         return False
     return True
+
+
+def discard(path: str) -> None:
+    """Delete a snapshot that nobody completes; one that cannot be deleted grows old where it is."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError:
+        log.exception("a snapshot was not deleted")

@@ -110,7 +110,7 @@ class SessionManager:
         finally:
             self._starting.remove(client)
         if self.draining:
-            made.close()
+            await self.read(made.close)
             self.check_open()
         session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms)
         return session, self.attach(session, 0, peer)
@@ -146,8 +146,8 @@ class SessionManager:
         )
         session.delivered = session.saved = next_chunk
         session.interval = every if keeps else 0
-        self.engine.add(job)
         self.sessions[id] = session
+        self.engine.add(job)
         return session
 
     def attach(
@@ -201,12 +201,16 @@ class SessionManager:
     def end(self, session: ServedSession, reason: pb.Ended.Reason, text: str) -> None:
         """End a session for good."""
         session.finish(pb.Ended(reason=reason, text=text))
-        if self.recovery is not None:
-            self.recovery.forget(session)
+        self._forget(session)
 
     def fail(self, session: ServedSession, error: BaseException) -> None:
         """End a session because of an error."""
         session.fail(error)
+        self._forget(session)
+
+    def _forget(self, session: ServedSession) -> None:
+        """Nobody may take a session up any more."""
+        session.stored = False
         if self.recovery is not None:
             self.recovery.forget(session)
 
@@ -219,10 +223,12 @@ class SessionManager:
             if not isinstance(made.error, StoppedError):
                 self.fail(session, made.error or EngineError("the chunk is missing"))
             session.finish(Refusal(grpc.StatusCode.CANCELLED, "the session was given up"))
-            if made.error is not None and session.job.session.closed:
+            if made.chunk is None:  # else it was made, and could not be packed
                 self._gone(session)
             return
         if session.over:
+            if made.saved and self.recovery is not None:
+                self.recovery.discard(session, packed.kept.index + 1)
             return
         first = session.delivered == 0
         waited = session.deliver(packed)
@@ -317,12 +323,13 @@ class SessionManager:
         for session in list(self.sessions.values()):
             session.finish(Refusal(grpc.StatusCode.UNAVAILABLE, "the server has shut down"))
         ended = await self.loop.run_in_executor(None, self.engine.stop, 0.7)
-        if not ended:
-            log.warning("the engine is still busy and is left behind")
         if self.recovery is not None:
             await self.recovery.close()
         self._reader.shutdown(wait=False, cancel_futures=True)
-        self._packer.shutdown(wait=ended)
+        if ended:
+            self._packer.shutdown()
+        else:  # it ends its sessions when it comes to them, and hands them on
+            log.warning("the engine is still busy and is left behind")
 
     async def _ask(self, session: ServedSession, message: pb.Prompt) -> None:
         """Ask once, however many calls bring the prompt, and to the end, also where the call breaks meanwhile."""

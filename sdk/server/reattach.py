@@ -54,11 +54,14 @@ async def _find(manager: SessionManager, client: str, token: str) -> ServedSessi
     )
     if session is None and manager.recovery is not None:
         session = await manager.recovery.restore(client, token)
-    if session is None or session.over or session.terms.client != client:
+    if session is None or session.terms.client != client or (session.over and not session.stored):
         raise Refusal(
             grpc.StatusCode.NOT_FOUND,
             "no session has this resume token: it ended, or waited longer than it may; start a new one",
         )
+    if session.over:
+        text = "this session was given up, and what it holds is not free yet: reattach again to go on from its snapshot"
+        raise Refusal(grpc.StatusCode.UNAVAILABLE, text, 1.0)
     return session
 
 

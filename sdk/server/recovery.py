@@ -13,7 +13,7 @@ from swiftvideo.runtime import Session
 from swiftvideo.runtime.errors import UsageError
 
 from . import payload
-from .engine import save
+from .engine import discard, save
 from .session import Kept, Known, ServedSession, Terms, token_hash
 from .status import Refusal
 from .store import Store, Stored
@@ -42,7 +42,10 @@ class Recovery:
         return None if self.store.full else self.store.session_path(id, index)
 
     def write(self, session: ServedSession) -> None:
-        """Complete the snapshot that the engine wrote right after the chunk that was delivered last."""
+        """Complete the snapshot that was written right after the chunk that was delivered last."""
+        if session.over:  # since then: its chunks that the client has not presented are gone
+            self.discard(session, session.delivered)
+            return
         terms = session.terms
         stored = Stored(
             id=session.id,
@@ -102,6 +105,10 @@ class Recovery:
         """Wait for what is being written, and for those who hear of it."""
         await asyncio.wrap_future(self._disk.submit(lambda: None))
 
+    def discard(self, session: ServedSession, index: int) -> None:
+        """Delete what the runtime wrote after chunk `index` - 1 of a session that has ended meanwhile."""
+        self._disk.submit(discard, self.store.session_path(session.id, index))
+
     def forget(self, session: ServedSession) -> None:
         """A session has ended for good."""
         if session.interval:
@@ -132,7 +139,7 @@ class Recovery:
             manager._starting.remove(client)
             self._loading.discard(stored.id)
         if stored.id in manager.sessions or manager.draining:
-            made.close()
+            await manager.read(made.close)
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE,
                 "another call takes this session up, or the server shuts down",

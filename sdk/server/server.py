@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from swiftvideo.runtime import Pipeline
-from swiftvideo.runtime.errors import SettingsError
+from swiftvideo.runtime.errors import SwiftVideoError
 from swiftvideo.sdk.protocol import MAX_REQUEST
 
 from .auth import AuthInterceptor, TokenFile, credentials
@@ -61,7 +61,8 @@ class Server:
         await server.start()            # server.port
         await server.wait()             # until SIGTERM or SIGINT, or until somebody calls server.drain()
 
-    Raises SettingsError where the addresses, the tokens, the certificates or the folder of snapshots cannot be used.
+    Raises SettingsError where the tokens, the certificates or the folder of snapshots are not as they must be, and
+    SwiftVideoError where the addresses or the folder cannot be had, which may be otherwise a moment later.
     """
 
     def __init__(self, pipeline: Pipeline, config: ServerConfig | None = None) -> None:
@@ -123,7 +124,7 @@ class Server:
         try:
             await asyncio.get_running_loop().getaddrinfo(config.host.strip("[]"), config.port)
         except socket.gaierror as error:
-            raise SettingsError(
+            raise SwiftVideoError(
                 f"host {config.host!r} is no address ({error}): use one of this machine, such as 127.0.0.1"
             ) from error
         try:
@@ -131,7 +132,7 @@ class Server:
                 return int(self._server.add_insecure_port(config.address))
             return int(self._server.add_secure_port(config.address, secure))
         except RuntimeError as error:
-            raise SettingsError(
+            raise SwiftVideoError(
                 f"cannot listen on {config.address} ({error}): is another server there, and is it this machine's?"
             ) from error
 

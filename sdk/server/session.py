@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from swiftvideo.runtime import Prompt
+from swiftvideo.runtime import Chunk, Prompt
 from swiftvideo.sdk.protocol import MAX_ID, MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .engine import EngineThread, Job, Made
 from .payload import pack
 from .status import Refusal, invalid, refusal
+
+log = logging.getLogger(__name__)
 
 KNOWN_PROMPTS = 1024
 """Ids of a session that are remembered, so that sending one again is harmless."""
@@ -168,7 +171,7 @@ class ServedSession:
     saved: int = 0
     """Chunks that the newest complete snapshot has."""
     stored: bool = False
-    """Whether there is a complete snapshot."""
+    """Whether there is a complete snapshot, which outlives the session unless that ends for good."""
     linger_timer: asyncio.TimerHandle | None = None
     kept: deque[Kept] = field(default_factory=deque)
     prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
@@ -300,15 +303,18 @@ class ServedSession:
         return pb.GenerateResponse(prompt_accepted=message)
 
     def pack(self, made: Made) -> Packed:
-        """A chunk as messages; in the packing thread."""
-        chunk = made.chunk
-        if chunk is None:
+        """A chunk as messages, or the error in its place, whatever it is; in the packing thread."""
+        if made.chunk is None:
             return Packed(made, None, "", 0.0)
-        begin = time.monotonic()
         try:
-            payloads = pack(chunk.frames, self.terms.encoding, self.job.session.geometry.fps)
-        except Exception as error:  # noqa: BLE001 - libraries of three codecs, each with exceptions of its own
-            return Packed(Made(None, error, made.queued, made.took), None, "", 0.0)
+            return self._pack(made, made.chunk)
+        except Exception as error:  # nobody else hears of it
+            log.exception("a chunk was not packed")
+            return Packed(replace(made, error=error), None, "", 0.0)
+
+    def _pack(self, made: Made, chunk: Chunk) -> Packed:
+        begin = time.monotonic()
+        payloads = pack(chunk.frames, self.terms.encoding, self.job.session.geometry.fps)
         seconds = time.monotonic() - begin
         with self.naming:
             name = self.names.get(chunk.prompt_id, "")

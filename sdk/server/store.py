@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from swiftvideo.runtime import files, tensorfile
-from swiftvideo.runtime.errors import SettingsError, UsageError
+from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
 
 from .session import Kept
 
@@ -69,7 +69,8 @@ class Store:
         age: seconds after which a snapshot is deleted.
         space: bytes beyond which the oldest snapshots are deleted.
 
-    Raises SettingsError where the folder cannot be used, or where others can read what is written to it.
+    Raises SwiftVideoError where the folder cannot be made or written to, and SettingsError where others can read what
+    is written to it.
     """
 
     def __init__(self, folder: Path, age: float, space: int) -> None:
@@ -82,7 +83,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             mode = folder.stat().st_mode & 0o777
         except OSError as error:
-            raise SettingsError(
+            raise SwiftVideoError(
                 f"snapshots {str(folder)!r} cannot be made ({error}): name a folder"
             ) from error
         if mode & 0o077:
@@ -91,7 +92,9 @@ class Store:
                 "frames: name a folder in it that is not there yet, or chmod 700"
             )
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise SettingsError(f"snapshots {str(folder)!r} cannot be written to: name a folder of your own")
+            raise SwiftVideoError(
+                f"snapshots {str(folder)!r} cannot be written to: name a folder of your own"
+            )
 
     @property
     def full(self) -> bool:

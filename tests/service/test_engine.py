@@ -38,25 +38,7 @@ from swiftvideo.sdk.server.status import TABLE, Refusal, refusal
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .harness import serving
-
-
-class Collected:
-    """What a job was made to, and a way to wait for it."""
-
-    def __init__(self) -> None:
-        self.made: list[Made] = []
-        self._condition = threading.Condition()
-
-    def __call__(self, made: Made) -> None:
-        with self._condition:
-            self.made.append(made)
-            self._condition.notify_all()
-
-    def wait(self, count: int) -> list[Made]:
-        """The first `count`."""
-        with self._condition:
-            assert self._condition.wait_for(lambda: len(self.made) >= count, 60)
-        return self.made
+from .test_turns import Collected
 
 
 def test_sessions_take_turns_and_none_goes_beyond_its_limit(pipeline: Any) -> None:
@@ -266,6 +248,25 @@ def test_admission_counts_sessions_the_engines_time_and_memory(
     monkeypatch.setattr("swiftvideo.sdk.server.admission.available_memory", lambda: config.memory_reserve)
     with pytest.raises(Refusal, match="MiB are free"):
         admission.check("a", [], 4)
+
+
+def test_admission_counts_the_frames_that_credits_let_a_session_keep(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk for each credit, and the one in the making."""
+    config = ServerConfig()
+    admission = Admission(config, pipeline)
+    with pipeline.session("w1") as session:
+        cache = session._rollout.tensors._cache
+        rows = cache.k.nbytes + cache.v.nbytes
+        next(session)
+        frames = next(session).frames.nbytes
+    free = config.memory_reserve + rows + 5 * frames
+    monkeypatch.setattr("swiftvideo.sdk.server.admission.available_memory", lambda: free)
+    admission.check("a", [], 4)
+    with pytest.raises(Refusal, match="MiB are free") as caught:
+        admission.check("a", [], 5)
+    assert caught.value.reason == "memory"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from swiftvideo.runtime.telemetry import STAGES
 from swiftvideo.sdk.protocol import MAX_ID, MAX_PROMPTS, MAX_REQUEST, MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
@@ -65,6 +66,12 @@ def test_the_calls_are_those_that_were_promised() -> None:
         "ListSessions",
         "StopSession",
     ]
+
+
+def test_the_stages_are_those_of_the_runtime() -> None:
+    text = (PROTOS / "swiftvideo/v1/generation.proto").read_text()
+    stages = ", ".join(f'"{stage}"' for stage in STAGES)
+    assert f"// Of the engine's stages: {stages}.\n" in text
 
 
 def test_the_largest_reattach_fits_into_a_request() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc
 import pytest
 
 from swiftvideo.sdk import aio
@@ -14,7 +15,7 @@ from swiftvideo.sdk.protocol import MAX_PROMPTS, MAX_TEXT
 from swiftvideo.sdk.remote import VideoState
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .harness import CuttingProxy, Record, ServerProcess
+from .harness import STOP, CuttingProxy, Record, ServerProcess, generate, messages, start
 
 Step = Callable[[aio.Video, CuttingProxy], Awaitable[None]]
 
@@ -157,3 +158,20 @@ def test_as_many_and_as_long_prompts_as_may_wait_survive_a_cut(server: ServerPro
 
     record, state = run(server, {1: ask_them, 3: cut}, 6)
     assert len(record.frames) == 6 and len(state.accepted) == MAX_PROMPTS and not state.rejected
+
+
+def test_a_prompt_of_a_running_call_is_heard_at_once_whatever_it_says(server: ServerProcess) -> None:
+    async def work() -> list[int]:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = generate(channel)
+            await call.write(start(credits=2))
+            await call.write(pb.GenerateRequest(prompt=pb.Prompt(id="a", text="w8", heard_chunk=50)))
+            heard = []
+            async for message in messages(call):
+                if message.WhichOneof("message") == "prompt_accepted":
+                    heard.append(message.prompt_accepted.heard_chunk)
+                    await call.write(STOP)
+            return heard
+
+    (heard,) = asyncio.run(work())
+    assert heard <= 2, "no chunk beyond the credits has begun"

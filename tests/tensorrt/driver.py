@@ -22,6 +22,7 @@ class Result(IntEnum):
 
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
 
@@ -66,6 +67,7 @@ class FakeDriver:
         self.missing, self.init_code, self.count, self.capability = False, 0, 1, (8, 9)
         self.version, self.multiprocessors = 13000, 2
         self.free, self.load_code, self.launch_code = 4 << 30, 0, 0
+        self.allocation_code, self.clearing_code = 0, 0
         self.allocated: dict[int, Any] = {}
         self.libraries: list[bytes] = []
         self.shared_limits: list[int] = []
@@ -141,6 +143,8 @@ class FakeDriver:
     # -- memory
 
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        if self.allocation_code:
+            return self.allocation_code, 0
         buffer = ctypes.create_string_buffer(b"\xab" * (size + 256), size + 256)
         address = -(-ctypes.addressof(buffer) // 256) * 256
         self.allocated[address] = buffer
@@ -159,6 +163,8 @@ class FakeDriver:
         return self.cuMemFree(address)
 
     def cuMemsetD8Async(self, address: int, value: int, size: int, stream: Any) -> tuple[int]:
+        if self.clearing_code:
+            return (self.clearing_code,)
         return self.do(stream, lambda: void(ctypes.memset(address, value, size)))
 
     def _copy(self, target: int, source: int, size: int, stream: Any) -> tuple[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from swiftvideo.runtime import load
 from swiftvideo.runtime.engines import tensorrt as engine_module
-from swiftvideo.runtime.engines.cuda import Arena, Gpu, find_gpus
+from swiftvideo.runtime.engines.cuda import Arena, Gpu, Pinned, find_gpus
 from swiftvideo.runtime.engines.tensorrt import TensorRTEngine, runs, usable_plans
 from swiftvideo.runtime.errors import (
     BundleIntegrityError,
@@ -273,6 +274,39 @@ def test_too_little_memory_for_the_plans(bundle: Manifest, driver: FakeDriver) -
 def test_too_little_memory_for_a_session(driver: FakeDriver) -> None:
     driver.free = 1000
     with pytest.raises(OutOfMemoryError, match="a session needs 0 MiB of GPU memory and 0 MiB are free"):
+        Arena(driver, {"x": ((300,), "fp32")}, 0, "a session")
+    assert not driver.allocated
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda driver: Arena(driver, {"x": ((300,), "fp32")}, 0, "a session"),
+            "allocating 1280 bytes for a session",
+        ),
+        (lambda driver: Pinned(driver, 1000), "pinning 1000 bytes"),
+    ],
+    ids=["device", "pinned"],
+)
+def test_memory_that_the_driver_does_not_give_is_said_to_be_out(
+    driver: FakeDriver, make: Callable[[FakeDriver], object], text: str
+) -> None:
+    driver.allocation_code = 2
+    with pytest.raises(
+        OutOfMemoryError, match=rf"^{text} failed with CUDA_ERROR_OUT_OF_MEMORY \(2\): close other sessions"
+    ):
+        make(driver)
+    driver.allocation_code = 1
+    with pytest.raises(EngineError, match=rf"^{text} failed with CUDA_ERROR_INVALID_VALUE \(1\)$") as caught:
+        make(driver)
+    assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_memory_that_cannot_be_cleared_is_freed(driver: FakeDriver) -> None:
+    driver.cuCtxSetCurrent(1)
+    driver.clearing_code = 1
+    with pytest.raises(EngineError, match="clearing memory failed"):
         Arena(driver, {"x": ((300,), "fp32")}, 0, "a session")
     assert not driver.allocated
 
