@@ -310,6 +310,15 @@ def test_an_outage_counts_from_its_first_failure(monkeypatch: pytest.MonkeyPatch
     state.pause_before(broken, 10)
 
 
+def test_a_session_that_is_taken_up_is_asked_for_again() -> None:
+    """The server's refusal may be lost with the call; the second call hears it."""
+    state = remote.VideoState.taken_up("token", 3)
+    broken = remote.UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
+    assert state.pause_before(broken, 10) == remote.BACKOFF[0]
+    with pytest.raises(remote.SessionLostError, match="no session"):
+        state.pause_before(remote.SessionLostError("no session", grpc.StatusCode.NOT_FOUND), 10)
+
+
 def test_a_connection_that_carries_nothing_any_more_is_given_up(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
