@@ -75,7 +75,7 @@ def run(
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in three dimensions, which the engines for CPUs avoid."""
-    monkeypatch.setattr(models_vae, "_flat", lambda x: False)
+    monkeypatch.setattr(models_vae, "_flat", lambda *_: False)
 
 
 @pytest.mark.parametrize("attention", ["kernel", "cudnn"])

@@ -145,6 +145,19 @@ def test_the_decoder_s_weights_are_recorded_in_half_precision(dtype: torch.dtype
     assert set(recorded) >= {f"decoder.{name}" for name, _ in decoder.named_parameters()}
 
 
+def test_wide_convolutions_of_float32_are_in_two_dimensions(small_bundle: Path) -> None:
+    """ONNX Runtime is faster at those; narrow ones stay whole."""
+    model = onnx.load(small_bundle / "onnx" / "decode.onnx", load_external_data=False)
+    widths = {tensor.name: tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    flat, whole = 0, []
+    for node in model.graph.node:
+        kernel = next((list(a.ints) for a in node.attribute if a.name == "kernel_shape"), None)
+        flat += kernel == [3, 3]
+        if kernel == [3, 3, 3]:
+            whole.append(widths[node.input[1]])
+    assert flat > 10 and whole and set(whole) == {8}
+
+
 def test_schedule_and_geometry_must_agree() -> None:
     with pytest.raises(SettingsError, match=r"2 steps, geometry\.steps is 4"):
         next(backbone_graphs(CHECKPOINT.backbone, GEOMETRY, Schedule(indices=(1000, 500))))
