@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +131,8 @@ def _build_all(
     with writing(manifest.folder):
         work = Path(tempfile.mkdtemp(prefix=WORK, dir=manifest.folder))
         try:
-            kernels = _kernels(manifest, wanted, OPS if plugins else ROW_OPS)
-            for kernel in kernels.values():
-                for name, content in kernel.files().items():
-                    (work / name).parent.mkdir(exist_ok=True)
-                    (work / name).write_bytes(content)
+            ops = OPS if plugins else ROW_OPS
+            kernels = write_kernels(ops, wanted, manifest.dtype, manifest.geometry.head_dim, work)
             built = [_build(manifest, wanted, graph, plugins, kernels, work, progress) for graph in names]
             _add(manifest, work, built)
         finally:
@@ -182,9 +179,16 @@ def _verify(manifest: Manifest, graphs: list[str]) -> None:
     dataclasses.replace(manifest, files={name: manifest.files[name] for name in weights}).verify_all()
 
 
-def _kernels(manifest: Manifest, target: Target, ops: Iterable[str]) -> dict[str, Kernel]:
-    head = manifest.geometry.head_dim
-    return {op: compile_kernel(op, target.capability, manifest.dtype, head).kernel for op in ops}
+def write_kernels(
+    ops: Iterable[str], target: Target, dtype: str, head_dim: int, work: Path
+) -> dict[str, Kernel]:
+    """Kernels of ops for a target, by op, and as files in the folder `work`."""
+    kernels = {op: compile_kernel(op, target.capability, dtype, head_dim).kernel for op in ops}
+    for kernel in kernels.values():
+        for name, content in kernel.files().items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_bytes(content)
+    return kernels
 
 
 def sizes(manifest: Manifest, graph: str) -> dict[str, tuple[int, int, int]]:
@@ -220,24 +224,8 @@ def _build(
     stem = plan_stem(manifest, target, graph, plugins)
     folder = work / target.folder
     folder.mkdir(parents=True, exist_ok=True)
-    plan, log, result_file = folder / f"{stem}{PLAN}", work / f"{graph}.log", work / f"{graph}.result.json"
-    job = {
-        "flavour": target.flavour.name,
-        "capability": target.capability,
-        "graph": str(manifest.folder / "onnx" / f"{graph}.onnx"),
-        "plan": str(plan),
-        "log": str(log),
-        "result": str(result_file),
-        "kernels": str(work / "kernels") if plugins else None,
-        "sizes": sizes(manifest, graph),
-        "timing_cache": _timing_cache(target),
-        "parent": os.getpid(),
-    }
-    (work / f"{graph}.job.json").write_text(json.dumps(job))
-    code, problem = _run_child(work / f"{graph}.job.json", target, work, graph, progress)
-    result: dict[str, Any] = {"error": problem} if problem else _read_result(result_file)
-    if code or not result or "error" in result or not plan.is_file():
-        raise _failure(graph, target, code, result, log)
+    plan, source = folder / f"{stem}{PLAN}", manifest.folder / "onnx" / f"{graph}.onnx"
+    result = run_builder(graph, source, plan, target, sizes(manifest, graph), plugins, work, progress)
     found = _plugin_layers(graph, result, plugins)
     layers = folder / f"{stem}{LAYERS}"
     layers.write_text(
@@ -259,6 +247,42 @@ def _build(
         functions=not plugins,
     )
     return Built(info, files, time.monotonic() - began, result["peak"])
+
+
+def run_builder(
+    graph: str,
+    source: Path,
+    plan: Path,
+    target: Target,
+    axes: Mapping[str, tuple[int, int, int]],
+    plugins: bool,
+    work: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `plan`, of the ONNX file `source`, in a child process; what that tells of it (tensorrt_child.py).
+
+    axes: smallest, usual and largest size of each dynamic one. work: where the plugins' kernels are (`write_kernels`).
+    Raises PlanBuildError, in which the graph is called `graph`.
+    """
+    log, result_file, job_file = (work / f"{graph}{end}" for end in (".log", ".result.json", ".job.json"))
+    job = {
+        "flavour": target.flavour.name,
+        "capability": target.capability,
+        "graph": str(source),
+        "plan": str(plan),
+        "log": str(log),
+        "result": str(result_file),
+        "kernels": str(work / "kernels") if plugins else None,
+        "sizes": axes,
+        "timing_cache": _timing_cache(target),
+        "parent": os.getpid(),
+    }
+    job_file.write_text(json.dumps(job))
+    code, problem = _run_child(job_file, target, work, graph, progress)
+    result: dict[str, Any] = {"error": problem} if problem else _read_result(result_file)
+    if code or not result or "error" in result or not plan.is_file():
+        raise _failure(graph, target, code, result, log)
+    return result
 
 
 def _read_result(file: Path) -> dict[str, Any]:
@@ -307,7 +331,7 @@ def _run_child(
             [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(job)],
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=child_environment(target, work),
+            env=_environment(target, work),
             text=True,
         )
         with child:
@@ -327,7 +351,7 @@ def _run_child(
     return child.returncode, problem
 
 
-def child_environment(target: Target, work: Path) -> dict[str, str]:
+def _environment(target: Target, work: Path) -> dict[str, str]:
     """The child's environment. TensorRT-RTX's parser opens its library by a name without version: give it a link."""
     environment = dict(os.environ)
     if target.flavour is not RTX:

@@ -212,9 +212,8 @@ class VideoState:
         check_text("resume token", token)
         reattach = filled(pb.Reattach, resume_token=token, next_chunk=next_chunk)
         state = cls(pb.Start())
-        state.started = pb.Started(
-            resume_token=reattach.resume_token, linger_ms=1
-        )  # it waits, until the server says
+        waiting = 1  # what counts until the server says how long: that it does
+        state.started = pb.Started(resume_token=reattach.resume_token, linger_ms=waiting)
         state.next_chunk = reattach.next_chunk
         state.presented = state.next_chunk - 1
         return state

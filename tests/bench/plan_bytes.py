@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -29,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftvideo.export.graphs import backbone_graphs, decode_graphs, export_graph
-from swiftvideo.export.kernels.compiler import compile_kernel
 from swiftvideo.export.models.backbone import PRESETS, CausalWanModel
 from swiftvideo.export.models.schedule import Schedule
 from swiftvideo.export.models.vae import StreamingDecoder
-from swiftvideo.export.tensorrt import check_buildable, child_environment
+from swiftvideo.export.tensorrt import check_buildable, run_builder, write_kernels
 from swiftvideo.runtime.geometry import Geometry
 from swiftvideo.runtime.plugins.kernel import OPS
 from swiftvideo.sdk.machine import describe
@@ -87,27 +83,11 @@ def graphs(folder: Path) -> Iterator[tuple[str, Path, Geometry]]:
 def layers_of(graph: Path, g: Geometry, target: str, work: Path) -> list[dict[str, Any]]:
     """Layers of the plan for a chunk of one session."""
     wanted = check_buildable(target, "bf16", g.head_dim)
-    for op in OPS:
-        for name, content in compile_kernel(op, wanted.capability, "bf16", g.head_dim).kernel.files().items():
-            (work / name).parent.mkdir(exist_ok=True)
-            (work / name).write_bytes(content)
-    result = work / "result.json"
-    job = {
-        "flavour": wanted.flavour.name,
-        "capability": wanted.capability,
-        "graph": str(graph),
-        "plan": str(work / "plan"),
-        "log": str(work / "log"),
-        "result": str(result),
-        "kernels": str(work / "kernels"),
-        "sizes": {axis: (size,) * 3 for axis, size in {"B": 1, "F": g.chunk, "R": g.rows}.items()},
-        "timing_cache": None,
-        "parent": os.getpid(),
-    }
-    (work / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "swiftvideo.export.tensorrt_child", str(work / "job.json")]
-    subprocess.run(command, env=child_environment(wanted, work), stdout=subprocess.DEVNULL, check=True)
-    layers: list[dict[str, Any]] = json.loads(result.read_text())["layers"]
+    write_kernels(OPS, wanted, "bf16", g.head_dim, work)
+    sizes = {axis: (size,) * 3 for axis, size in {"B": 1, "F": g.chunk, "R": g.rows}.items()}
+    layers: list[dict[str, Any]] = run_builder(
+        graph.stem, graph, work / "plan", wanted, sizes, plugins=True, work=work
+    )["layers"]
     return layers
 
 
