@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
 import typer
+from PIL import Image
 
 from swiftvideo.runtime.pipeline import EMBEDDED
 from swiftvideo.sdk.cli import app
@@ -82,6 +90,60 @@ def test_the_sample_that_switches(tmp_path: Path) -> None:
 @embedded
 def test_the_sample_that_resumes(tmp_path: Path) -> None:
     assert "same to the byte" in run(sys.executable, str(ROOT / "samples/resume.py"), "s", cwd=tmp_path)
+
+
+def ask(port: int, method: str, path: str, body: str | None = None) -> HTTPResponse:
+    connection = HTTPConnection("localhost", port, timeout=60)
+    connection.request(method, path, body)
+    return connection.getresponse()
+
+
+def events(stream: HTTPResponse) -> Iterator[tuple[str, Any]]:
+    """Server-sent events: their names, and their data."""
+    while line := stream.readline().decode():
+        data = stream.readline().decode()
+        assert stream.readline() == b"\n"
+        yield line.removeprefix("event: ").strip(), json.loads(data.removeprefix("data: "))
+
+
+@embedded
+def test_the_sample_in_the_browser(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "samples/live.py"), "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            found = re.search(r"http://localhost:(\d+)", child.stdout.readline())
+            assert found is not None
+            port = int(found[1])
+            assert b"new EventSource('/video?prompt='" in ask(port, "GET", "/").read()
+            stream = ask(port, "GET", "/video?prompt=a%20red%20circle%20moving%20right%20at%20night")
+            seen = events(stream)
+            name, begin = next(seen)
+            assert name == "begin" and (begin["width"], begin["height"]) == (64, 64)
+            prompts = f"/prompt/{begin['session']}"
+            refused = ask(port, "POST", prompts, "a red dog")
+            assert refused.status == 400 and b"'dog'" in refused.read()
+            assert ask(port, "POST", "/prompt/other", "a blue cross").status == 404
+            assert ask(port, "POST", prompts, "a blue cross bouncing at dawn").status == 204
+            chunks, frames = [], 0
+            while not (chunks and chunks[-1]["mode"]):
+                name, data = next(seen)
+                if name == "chunk":
+                    chunks.append(data)
+                else:
+                    frames += 1
+                    picture = Image.open(io.BytesIO(base64.b64decode(data["jpeg"], validate=True)))
+                    assert (picture.format, picture.size) == ("JPEG", (64, 64))
+            assert len(chunks) in (2, 3) and frames == 9 + 12 * (len(chunks) - 2)
+            assert chunks[-1]["prompt"] == "a blue cross bouncing at dawn" and 0 < chunks[-1]["rho"] <= 1
+            other = list(events(ask(port, "GET", "/video?prompt=a%20red%20dog")))
+            assert [name for name, _ in other] == ["failed"] and "'dog'" in other[0][1]["text"]
+            child.send_signal(signal.SIGINT)
+            assert child.wait(timeout=60) == 0
+            assert {name for name, _ in seen} <= {"frame", "chunk"}
+            stream.close()
+        finally:
+            child.kill()
 
 
 def test_users_are_told_to_install_extras_that_exist_and_types_that_are_seen() -> None:
