@@ -24,25 +24,16 @@ def words(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]
 
 
 def normals(seed: int, item: int, step: int, chunk: int, count: int) -> Any:
-    """numpy's float32 normals over a generator whose buffered words are computed by `words`."""
-    made: list[Any] = []
-    for block in range(1, count):  # numpy counts up before it draws
-        generator = np.random.Philox(key=0)
-        state = generator.state
-        state["state"]["key"] = np.array([seed, item], np.uint64)
-        state["state"]["counter"] = np.array([block, 0, step, chunk], np.uint64)
-        state["buffer"] = np.array(words((seed, item), (block, 0, step, chunk)), np.uint64)
-        state["buffer_pos"] = 0
-        generator.state = state
-        if block == 1:
-            made.append(np.random.Generator(generator).standard_normal(count, dtype=np.float32))
-        else:
-            first = generator.random_raw(4)
-            expected = np.random.Philox(
-                key=np.array([seed, item], np.uint64), counter=np.array([0, 0, step, chunk], np.uint64)
-            ).random_raw(4 * block)[-4:]
-            np.testing.assert_array_equal(first, expected)
-    return made[0]
+    """numpy's float32 normals over its Philox, once its words are those that `words` computes."""
+
+    def stream() -> np.random.Philox:
+        key = np.array([seed, item], np.uint64)
+        return np.random.Philox(key=key, counter=np.array([0, 0, step, chunk], np.uint64))
+
+    blocks = range(1, count + 1)  # numpy counts up before it draws
+    expected = [word for block in blocks for word in words((seed, item), (block, 0, step, chunk))]
+    assert stream().random_raw(4 * count).tolist() == expected
+    return np.random.Generator(stream()).standard_normal(count, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
