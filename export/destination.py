@@ -50,10 +50,9 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     Raises SettingsError for a folder that is not empty, unless `overwrite` is set and it holds a bundle and nothing
     else, and where no folder can be made or replaced: below a file, at a mount point, around the current folder.
     """
-    try:
-        place = Path(out).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise SettingsError(f"{out} leads nowhere ({error}): choose another folder") from error
+    place = Path(os.path.realpath(out))
+    if place.is_symlink():
+        raise SettingsError(f"{out} leads nowhere, as its links go in a circle: choose another folder")
     parent = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
     if not parent.is_dir():
         raise SettingsError(f"{parent} is a file, so {out} cannot be a bundle's folder: choose another one")
