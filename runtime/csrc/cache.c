@@ -51,20 +51,16 @@ static void append(row_list *list, int64_t start, int64_t length)
     list->used++;
 }
 
-/* Row of an absolute token that lies in the ring. */
+/* Row of an absolute token that lies in the ring: no older than the first token after the cache's first sink. */
 static int64_t ring_row(const cache *self, int64_t absolute)
 {
     int64_t first = self->base + sink_tokens(self);
-    int64_t ring = ring_tokens(self);
-    int64_t offset = (absolute - first) % ring;
-    return memory_rows(self) + sink_tokens(self) + (offset < 0 ? offset + ring : offset);
+    return memory_rows(self) + sink_tokens(self) + (absolute - first) % ring_tokens(self);
 }
 
-/* Rows of the absolute tokens [start, start + length) of the ring: one or two pieces. */
+/* Rows of the absolute tokens [start, start + length) of the ring: one or two pieces, none without a length. */
 static void append_ring(const cache *self, row_list *list, int64_t start, int64_t length)
 {
-    if (length <= 0)
-        return;
     int64_t row = ring_row(self, start);
     int64_t before_end = min64(length, cache_rows(self) - row);
     append(list, row, before_end);
@@ -139,7 +135,7 @@ static cache_status place(const cache *self, int64_t start, int64_t frames, bool
 cache_status cache_init(cache *self, int64_t frame_tokens, int64_t window, int64_t sink, int64_t max_anchors,
                         cache_error *error)
 {
-    if (frame_tokens < 1 || window < 1 || sink < 0 || sink >= window || max_anchors < 0)
+    if (frame_tokens < 1 || sink < 0 || sink >= window || max_anchors < 0)
         return fail(error, CACHE_SETTINGS,
                     "frame_tokens %" PRId64 ", window %" PRId64 ", sink %" PRId64 ", max_anchors %" PRId64
                     ": need frame_tokens >= 1, sink >= 0, window > sink and max_anchors >= 0",
@@ -269,8 +265,8 @@ cache_status cache_clear(cache *self, int64_t start, cache_error *error)
 static cache_status check_pointers(const cache *self, cache_error *error)
 {
     int64_t P = self->frame_tokens, L = self->local_end, G = self->global_end, base = self->base;
-    if (base < 0 || base % P || base > TOKEN_LIMIT || G < base || G % P || G > TOKEN_LIMIT || L < 0 || L % P ||
-        L > capacity(self) || L > G - base || (L == 0) != (G == base) || (L > 0 && L < sink_tokens(self)))
+    if (base < 0 || base % P || G < base || G % P || G > TOKEN_LIMIT || L < 0 || L % P || L > capacity(self) ||
+        L > G - base || (L == 0) != (G == base) || (L > 0 && L < sink_tokens(self)))
         return fail(error, CACHE_BROKEN,
                     "pointers contradict each other: base %" PRId64 ", local_end %" PRId64 ", global_end %" PRId64
                     " with %" PRId64 " tokens a frame, window %" PRId64 ", sink %" PRId64,

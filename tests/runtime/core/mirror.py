@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from swiftvideo.runtime._core import Cache
@@ -71,6 +73,9 @@ class Mirror:
             found += rows[first : first + length]
         used = [length > 0 for _, length in self.segments.tolist()]
         assert used == sorted(used, reverse=True), "empty segments come last"
+        for (first, length), (following, more) in pairwise(self.segments.tolist()):
+            apart = not more or first + length != following or following == self.cache.rows
+            assert apart, "neighbours are one segment, unless one of them is fresh"
         assert keys == len(found) == len(expected)
         assert sorted(found, key=str) == sorted(expected, key=str)
 
@@ -106,5 +111,8 @@ class Mirror:
             for span, tokens in zip(
                 self.spans.tolist(), oracle.spans(bridge_recent, anchor_recent), strict=True
             ):
+                for first, length in span:
+                    assert first >= 0 and first + length <= cache.rows
+                    assert length > 0 or first == length == 0, "unused pieces are zero"
                 found = [token for first, length in span for token in self.content[first : first + length]]
                 assert found == tokens

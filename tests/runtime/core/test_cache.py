@@ -39,6 +39,13 @@ def test_rows_are_bridge_anchors_sink_and_ring() -> None:
     )
 
 
+def test_a_cache_that_is_not_full_lies_in_time_order_and_is_one_segment() -> None:
+    mirror = filled(3)
+    assert mirror.content[4:40] == list(range(36))
+    mirror.forward(9, 3, 12, False, commit=False)
+    assert mirror.segments.tolist() == [[4, 36], [52, 12], *[[0, 0]] * 4]
+
+
 def test_memory_displaces_the_oldest_tokens_inside_a_frame() -> None:
     mirror = filled()
     mirror.set_memory(True, 1)
@@ -88,10 +95,18 @@ def test_a_forced_recache_replaces_the_sink() -> None:
     assert keys is not None and min(key for key in keys if isinstance(key, int)) == 24
 
 
+def test_a_forced_forward_within_the_sink_sees_the_sinks_rest_too() -> None:
+    mirror = filled(1)
+    keys = mirror.forward(1, 1, 12, True)
+    assert keys == list(range(12))
+
+
 def test_a_cleared_cache_behaves_as_a_new_one_further_on() -> None:
     mirror, fresh = filled(), Mirror(4, 12, 3, 2)
     mirror.clear(1000)
     assert (mirror.cache.local_end, mirror.cache.global_end, mirror.cache.base) == (0, 4000, 4000)
+    with pytest.raises(UsageError, match="begins at frame 1000 and ends at 1000; start between them"):
+        mirror.cache.plan(999, 3, 12, False, mirror.segments)
     for chunk in range(9):
         mirror.forward(1000 + 3 * chunk, 3, 9, False)
         fresh.forward(3 * chunk, 3, 9, False)
@@ -128,6 +143,15 @@ def test_sizes_out_of_range_are_refused_with_the_value(
         Cache(*arguments)
 
 
+def test_rows_are_numbered_with_32_bits() -> None:
+    """Those of the cache, and after them as many fresh ones as its window has."""
+    most = (2**31 - 1) // 4
+    assert Cache(1, most, 0, most).rows == 2 * most + 2
+    for sizes in ((2, most // 2 + 1, 0, 0), (1, most + 1, 0, 0), (1, 1, 0, most + 1)):
+        with pytest.raises(SettingsError, match=f"or max_anchors below {most}"):
+            Cache(*sizes)
+
+
 @pytest.mark.parametrize(
     ("start", "frames", "window", "words"),
     [
@@ -158,6 +182,12 @@ def test_impossible_forwards_are_refused_with_the_value_and_the_remedy(
     assert mirror.cache.state() == before
 
 
+def test_not_one_token_of_the_sink_is_overwritten() -> None:
+    mirror = Mirror(1, 4, 3, 0)
+    mirror.forward(0, 3, 4, False)
+    assert mirror.forward(3, 2, 4, False) is None
+
+
 def test_a_first_forward_must_cover_the_sink() -> None:
     with pytest.raises(UsageError, match="2 frames leaves the sink of 3 unwritten"):
         Cache(4, 12, 3, 0).plan(0, 2, 12, False, table())
@@ -169,10 +199,21 @@ def test_anchors_without_rows_are_refused(anchors: int) -> None:
         filled().cache.set_memory(False, anchors)
 
 
-@pytest.mark.parametrize("start", [-1, 2**62])
+LAST = (2**63 - 1) // 4 // 4 - 12
+"""The last frame at which a cache of 4 tokens a frame and a window of 12 may begin."""
+
+
+@pytest.mark.parametrize("start", [-1, LAST + 1, 2**62])
 def test_clear_refuses_impossible_frames(start: int) -> None:
-    with pytest.raises(UsageError, match=f"start is frame {start}"):
+    with pytest.raises(UsageError, match=f"start is frame {start}: use 0 to {LAST}$"):
         filled().cache.clear(start)
+
+
+def test_a_cache_may_begin_at_the_last_frame() -> None:
+    mirror = filled()
+    mirror.clear(LAST)
+    mirror.forward(LAST, 3, 12, False)
+    mirror.check()
 
 
 @pytest.mark.parametrize("recent", [(0, 3), (2, 0), (-1, 1)])
@@ -261,9 +302,17 @@ def test_attributes_are_read_only_and_the_type_is_sealed() -> None:
     assert "local_end=48, global_end=72" in repr(cache)
 
 
-def test_a_state_of_other_sizes_is_refused() -> None:
-    with pytest.raises(UsageError, match="window 9"):
-        filled().cache.restore(Cache(4, 9, 3, 2).state())
+@pytest.mark.parametrize("sizes", [(5, 12, 3, 2), (4, 9, 3, 2), (4, 12, 1, 2), (4, 12, 3, 0)])
+def test_a_state_of_other_sizes_is_refused(sizes: tuple[int, int, int, int]) -> None:
+    P, W, S, anchors = sizes
+    words = (
+        f"frame_tokens {P}, window {W}, sink {S}, max_anchors {anchors}, this one has 4, 12, 3, 2: restore"
+    )
+    with pytest.raises(UsageError, match=words):
+        filled().cache.restore(Cache(*sizes).state())
+
+
+def test_what_is_no_state_is_refused() -> None:
     with pytest.raises(UsageError, match="2 integers"):
         filled().cache.restore((4, 12))
 
@@ -271,7 +320,7 @@ def test_a_state_of_other_sizes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("position", "values"),
     [
-        ("base", (-4, 2, 80, 2**63 - 4)),
+        ("base", (-4, 2, 28, 80, 2**63 - 4)),
         ("local_end", (52, -4, 4, 0)),
         ("global_end", (70, 44, 2**63 - 4)),
         ("anchors", (3, -1)),
