@@ -61,7 +61,8 @@ def read(path: str | Path, format: str) -> tuple[str, dict[str, Array]]:
         raise UsageError(f"{path} is not there: save it first") from error
     except UsageError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # AttributeError: of the library, where numpy lacks the dtype.
         raise UsageError(f"{path} is not what was saved ({error}): save it again") from error
     if not right:
         raise UsageError(f"{path} is not what was saved (its SHA-256 is another): save it again")

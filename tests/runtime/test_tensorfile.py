@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_every_bit_counts(tmp_path: Path) -> None:
         changed = bytearray(data)
         changed[at // 8] ^= 1 << at % 8
         path.write_bytes(changed)
-        with pytest.raises(UsageError, match=r"x (is not what was saved .*|has format .*)save it again"):
+        with pytest.raises(UsageError, match=r"^\S*x (is not what was saved .*|has format .*)save it again"):
             tensorfile.read(path, "some-1")
 
 
@@ -72,6 +73,37 @@ def test_names_shapes_and_dtypes_count_too(tmp_path: Path) -> None:
             tensorfile.read(path, "some-1")
     save_file({"a": a, "b": b}, path, metadata)
     assert tensorfile.read(path, "some-1")[0] == "text"
+
+
+def test_a_file_that_was_renamed_to_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    tensorfile.write(path, "some-1", "text", {})
+    path.write_bytes(path.read_bytes().replace(b"some-1", b"some-2"))
+    with pytest.raises(UsageError, match="its SHA-256 is another"):
+        tensorfile.read(path, "some-2")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "some-1"}, {"format": "some-1", "text": ""}])
+def test_a_file_without_our_metadata_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "x"
+    save_file({"a": np.zeros(1)}, path, metadata)
+    with pytest.raises(UsageError, match=r"x (is not what was saved|has format None).*save it again"):
+        tensorfile.read(path, "some-1")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("BF16", [1], 2), ("F8_E4M3", [1], 1), ("F32", [0, 1 << 62], 0), ("F32", [1] * 70, 4)],
+)
+def test_arrays_that_numpy_cannot_hold_are_refused(
+    tmp_path: Path, dtype: str, shape: list[int], size: int
+) -> None:
+    metadata = {"format": "some-1", "text": "", "sha256": ""}
+    array = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": metadata, "a": array}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(UsageError, match=r"x is not what was saved .*save it again"):
+        tensorfile.read(tmp_path / "x", "some-1")
 
 
 def test_writing_copies_no_array(tmp_path: Path) -> None:
