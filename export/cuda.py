@@ -18,7 +18,7 @@ with plain calls in the place of graphs and the torch reference in the place of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,9 +46,6 @@ from .torch_engine import TextEncoder, TorchEngine, TorchSession, array
 
 COMPILED = ("qkv", "qkv_into", "after_self", "after_cross")
 """Methods of a block that torch.compile takes; their shapes are those of a chunk and of recaches."""
-
-DECODER_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 16}
-"""Of Inductor. By default (4) it writes the norm of a sum of tensors in float32 and reads it again to cast it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +127,7 @@ class CudaEngine(TorchEngine):
                 self._compile_kernels()
             if self.options.compiled:
                 compile_blocks(self.model)
-                self._decode = self._decode and torch.compile(
-                    self._decode, dynamic=False, options=DECODER_OPTIONS
-                )
+                self._decode = self._decode and compile_decoding(self._decode)
         if self.decoder is not None and self.options.channels_last:
             channels_last(self.decoder)
             self.cache_format = torch.channels_last_3d
@@ -408,6 +403,12 @@ def compile_blocks(model: CausalWanModel, backend: str = "inductor") -> None:
     for block in model.layers:
         for name in COMPILED:
             setattr(block, name, torch.compile(getattr(block, name), dynamic=False, backend=backend))
+
+
+def compile_decoding(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """`StreamingDecoder.decode` by torch.compile."""
+    # By default (4) Inductor writes the norm of a sum of tensors in float32 and reads it again to cast it.
+    return torch.compile(decode, dynamic=False, options={"realize_reads_threshold": 16})
 
 
 def channels_last(decoder: StreamingDecoder) -> None:

@@ -26,11 +26,11 @@ import torch
 from swiftvideo.export import cuda, restore, torch_engine
 from swiftvideo.export.cuda import (
     COMPILED,
-    DECODER_OPTIONS,
     CudaEngine,
     Options,
     channels_last,
     compile_blocks,
+    compile_decoding,
 )
 from swiftvideo.export.fused_blocks import LinearGelu, join_gelu, place_keys, qkv_into
 from swiftvideo.export.lanes import Lane
@@ -273,11 +273,21 @@ def test_blocks_are_what_the_options_say(wanted: bool) -> None:
         assert (block.qkv_into.__func__ is qkv_into) is wanted
 
 
-def test_the_decoders_options_are_inductors() -> None:
-    """torch.compile takes what it knows only, at once."""
-    torch.compile(torch.relu, options=DECODER_OPTIONS)
-    with pytest.raises(RuntimeError, match="no_such_option"):
-        torch.compile(torch.relu, options={"no_such_option": 1})
+def test_the_decoder_is_compiled_with_what_saves_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor is asked for, as it gets it; torch.compile refuses names that Inductor does not know."""
+    import torch._inductor.compile_fx as inductor
+
+    asked: list[Any] = []
+
+    def compile_fx(graph: Any, inputs: Any, config_patches: Any = None, **_: Any) -> Any:
+        asked.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    compiled = compile_decoding(torch.relu)
+    assert compiled(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
+    assert asked == [{"realize_reads_threshold": 16}]
+    torch._dynamo.reset()
 
 
 def test_blocks_are_traced_once_and_compute_the_same() -> None:
