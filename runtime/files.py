@@ -42,5 +42,5 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error tells what went wrong
-            partial.unlink(missing_ok=True)
+            partial.unlink()
         raise

@@ -38,12 +38,12 @@ def window_frames(
         return whole
     smallest = max(3, whole // 2) if settings.min_size is None else settings.min_size
     lowest = max(geometry.sink + 1, min(smallest, whole))
-    tau_post = float(whole) if settings.tau_post is None else settings.tau_post
+    tau_post = whole if settings.tau_post is None else settings.tau_post
     tau_pre = 2.0 * geometry.chunk if settings.tau_pre is None else settings.tau_pre
     weight = _fading(current - segment, tau_post)
     if upcoming is not None:
         weight = max(weight, _fading(upcoming - current, tau_pre))
-    return max(lowest, min(whole, round(lowest + (whole - lowest) * weight)))
+    return round(lowest + (whole - lowest) * weight)  # weight is in [0, 1]
 
 
 def _fading(frames: int, tau: float) -> float:
@@ -163,7 +163,7 @@ class Memory:
         ranges = self._ranges[:count]
         self._engine.commit(ranges)
         for fresh, row, _ in ranges.tolist():
-            if row == self.geometry.memory_rows and self.geometry.sink:
+            if row == self.geometry.memory_rows:  # the sink's first, where there is a sink
                 self._sink_frame, self._sink_offset = start + fresh // self.geometry.frame_tokens, 0
 
     def end_chunk(self) -> None:
@@ -201,7 +201,6 @@ class Memory:
             self._recache(current, self.geometry.window, new, emitted, not self.settings.global_sink)
             mode: Mode = "full-recache"
         else:
-            self._drop_bridge()
             if bridge is not None:
                 self.bridge, self.bridge_scale = bridge, np.float32(bridge_settings.scale)
                 self._write_bridge()
@@ -220,7 +219,7 @@ class Memory:
     def _inject(
         self, old: Prompt, new: Prompt, rho: Float32, bridge: bool
     ) -> tuple[Float32 | None, Float32 | None]:
-        """Bridge and anchor, unscaled; None where not wanted, or where the cache is empty."""
+        """Bridge and anchor, unscaled; None where the cache is empty or neither is wanted."""
         if not (bridge or self._anchors) or self.cache.local_end == 0:
             return None, None
         anchors, chunk = self.settings.anchors, self.geometry.chunk
@@ -228,7 +227,7 @@ class Memory:
         self.cache.spans(self.settings.bridge.recent, recent, self._spans.data)
         with self.clock.stage("inject"):
             made = self._engine.inject(self._spans, old.signature, new.signature, rho, anchors.mix)
-        return made[0] if bridge else None, made[1] if self._anchors else None
+        return made[0], made[1] if self._anchors else None
 
     def _recache(self, current: int, frames: int, prompt: Prompt, emitted: Float32, force_sink: bool) -> None:
         """Run the last frames again under `prompt` and keep their K and V; every frame sees all of them."""
@@ -248,8 +247,7 @@ class Memory:
         self._write(0, self.bridge * self.bridge_scale)
 
     def _write_anchors(self) -> None:
-        if self.anchors:
-            self._write(2, np.concatenate(self.anchors, 2) * np.float32(self.settings.anchors.scale))
+        self._write(2, np.concatenate(self.anchors, 2) * np.float32(self.settings.anchors.scale))
 
     def _write(self, row: int, tokens: Float32) -> None:
         self._engine.write_memory(row, tokens)
@@ -277,8 +275,8 @@ class Memory:
         if self.settings.positions != "windowed":
             return
         oldest = max(self._origin, newest - (self.geometry.window - 1))
-        offset = max(0, oldest - self._sink_frame)
-        if offset != self._sink_offset and self.geometry.sink and self.cache.local_end:
+        offset = oldest - self._sink_frame  # a sink is never younger than the window's oldest frame
+        if offset != self._sink_offset and self.geometry.sink:
             self._engine.place_sink(*rotation(offset, self.geometry.time_pairs))
             self._sink_offset = offset
         if oldest != self._memory_offset and (self.bridge is not None or self.anchors):

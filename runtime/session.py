@@ -70,8 +70,8 @@ class Session:
         encode: Encode,
         settings: PolicySettings,
         prompt: str | Prompt,
-        seed: int = 0,
-        model: str = "",
+        seed: int,
+        model: str,
     ) -> None:
         geometry = engine.geometry
         shape = (1, geometry.chunk, geometry.latent_channels, geometry.latent_height, geometry.latent_width)

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from swiftvideo.runtime import (
     BundleError,
@@ -25,7 +29,7 @@ from swiftvideo.runtime import (
     load,
     pipeline as module,
 )
-from swiftvideo.runtime.engines import host, onnxruntime as ort_engine
+from swiftvideo.runtime.engines import host, onnxruntime as ort_engine, tensorrt
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.positions import rotation, time_tables
 
@@ -55,9 +59,9 @@ def test_load_opens_the_embedded_model_or_says_how_to_get_one(
 
 
 def test_load_takes_a_path_as_text(tiny_bundle: Path, pipeline: Pipeline) -> None:
-    with load(str(tiny_bundle), "onnxruntime", 2) as opened:
+    with load(str(tiny_bundle), "onnxruntime", 3) as opened:
         assert opened.geometry == pipeline.geometry and opened.settings == opened.manifest.policy
-        assert isinstance(opened.engine, OnnxRuntimeEngine) and opened.engine.threads == 2
+        assert isinstance(opened.engine, OnnxRuntimeEngine) and opened.engine.threads == 3
         assert "red" in opened.words
 
 
@@ -77,6 +81,44 @@ def test_load_refuses_what_it_cannot_run(
 ) -> None:
     with pytest.raises(kind, match=message):
         load(tiny_bundle, engine, threads)
+
+
+@pytest.mark.parametrize(
+    ("plans", "engine", "fit", "taken"),
+    [
+        (True, "auto", True, True),
+        (True, "auto", False, False),
+        (True, "tensorrt", False, True),  # which says why it cannot
+        (True, "onnxruntime", True, False),
+        (False, "auto", True, False),
+    ],
+)
+def test_tensorrt_is_taken_where_its_plans_run_or_where_it_is_asked_for(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plans: bool,
+    engine: Any,
+    fit: bool,
+    taken: bool,
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    bundle = Manifest.load(tmp_path / "bundle")
+    dataclasses.replace(bundle, plans=({"target": "a test"},) if plans else ()).save(tmp_path / "bundle")
+    opened: list[Manifest] = []
+
+    class Engine:
+        def __init__(self, manifest: Manifest) -> None:
+            opened.append(manifest)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tensorrt, "TensorRTEngine", Engine)
+    monkeypatch.setattr(tensorrt, "runs", lambda manifest: fit)
+    with load(tmp_path / "bundle", engine) as made:
+        assert isinstance(made.engine, Engine) == taken
+        assert opened == [made.manifest] * taken
 
 
 def test_a_dtype_that_the_cpu_lacks_is_refused(tiny_bundle: Path) -> None:
@@ -141,11 +183,70 @@ def test_policies_go_by_name_or_by_settings(pipeline: Pipeline, texts: tuple[str
         pipeline.session(texts[0], policy=wrong)
 
 
+def test_an_engines_session_says_what_is_missing(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+    g, prompt = pipeline.geometry, pipeline.encode(texts[0])
+    session = pipeline.engine.open()
+    latents = np.zeros((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+    segments, ranges = np.zeros((6, 2), np.int32), np.array([[0, g.memory_rows, g.frame_tokens]], np.int32)
+    segments[0] = g.rows, g.chunk * g.frame_tokens
+    tables = time_tables(0, g.chunk, g.time_pairs)
+    with pytest.raises(UsageError, match=r"no latents are loaded: call load\(\) first"):
+        session.denoise(0, latents, *tables, segments, prompt)
+    with pytest.raises(UsageError, match=r"nothing was denoised yet: call denoise\(\) first"):
+        session.x0()
+    session.load(latents)
+    session.denoise(0, latents, *tables, segments, prompt)
+    with pytest.raises(UsageError, match=r"nothing to commit: call denoise\(\) without noise first"):
+        session.commit(ranges)
+    session.denoise(g.steps, None, *tables, segments, prompt)
+    session.commit(ranges)
+    assert session.x0().shape == latents.shape
+    session.close()
+    for call in (
+        lambda: session.denoise(0, None, *tables, segments, prompt),
+        lambda: session.decode(latents),
+    ):
+        with pytest.raises(ClosedError, match="this session was closed: open a new one"):
+            call()
+
+
+def test_a_video_decodes_the_same_in_pieces(pipeline: Pipeline) -> None:
+    g = pipeline.geometry
+    shape = (1, 6, g.latent_channels, g.latent_height, g.latent_width)
+    latents = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    whole, pieces = pipeline.engine.open(), pipeline.engine.open()
+    frames = whole.decode(latents)
+    assert frames.shape == (1, 21, g.height, g.width, 3)
+    made = [pieces.decode(latents[:, a:b]) for a, b in ((0, 1), (1, 2), (2, 6))]
+    assert [item.shape[1] for item in made] == [1, 4, 16]
+    assert np.abs(np.concatenate(made, 1).astype(int) - frames).max() <= 1
+
+
 def test_an_encoded_prompt_serves_several_sessions(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
     prompt = pipeline.encode(texts[0])
     assert prompt.text == texts[0] and prompt.signature.shape == (1, pipeline.geometry.dim)
-    with pipeline.session(prompt, 3) as a, pipeline.session(texts[0], 3) as b:
+    with pipeline.session(prompt, 0) as a, pipeline.session(texts[0]) as b:
         np.testing.assert_array_equal(next(a).latents, next(b).latents)
+
+
+def test_a_prompt_is_what_the_graphs_make_of_its_words(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+    """Tokenizer and graphs by hand, each by its own library."""
+    folder = pipeline.manifest.folder
+    assert folder is not None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    ids, mask = np.zeros((2, 1, pipeline.geometry.text_len), np.int64)
+    found = tokenizer.encode(texts[0]).ids
+    ids[0, : len(found)], mask[0, : len(found)] = found, 1
+    encoder, condition = (
+        onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("text_encoder", "condition")
+    )
+    (embeds,) = encoder.run(["embeds"], {"ids": ids, "mask": mask})
+    expected = condition.run(["cross_k", "cross_v", "signature"], {"embeds": embeds})
+    prompt = pipeline.encode(texts[0])
+    for ours, theirs in zip((*prompt.cross, prompt.signature), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 # -- memory that is not there ------------------------------------------------------------------------------------
@@ -167,6 +268,8 @@ def test_a_failing_allocation_is_our_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(host, "available_memory", lambda: None)
     with pytest.raises(OutOfMemoryError, match=r"a test needs 8589934592 MiB and too few are free"):
         host.zeros((1 << 50,), np.float64, "a test")
+    with pytest.raises(OutOfMemoryError, match=r"a test needs \d{12,} MiB"):
+        host.zeros((1 << 40, 1 << 40), np.float64, "a test")  # more than numpy can count
 
 
 @pytest.mark.parametrize(
@@ -212,6 +315,7 @@ def test_a_session_whose_settings_do_not_fit_leaves_nothing_open(
         ({"proc/meminfo": "MemAvailable: 7 kB\n", "max": "6000\n", "current": "5000\n"}, 1000),
         ({"max": "6000\n", "current": "5000\n", "stat": "anon 1\ninactive_file 200\n"}, 1200),
         ({"max": "6000\n", "current": "7000\n"}, 0),
+        ({"max": "6000\n"}, None),
     ],
 )
 def test_free_memory_is_the_machine_s_or_the_container_s(
@@ -222,6 +326,20 @@ def test_free_memory_is_the_machine_s_or_the_container_s(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert host.available_memory(tmp_path) == free
+
+
+def test_free_memory_is_asked_of_this_machine() -> None:
+    free = host.available_memory()
+    assert free is not None and 0 < free <= psutil.virtual_memory().total
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5})
+    assert host.usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    for told, cores in ((6, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda told=told: told)
+        assert host.usable_cores() == cores
 
 
 # -- the host's cache --------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 from decimal import Decimal, getcontext
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,6 +50,16 @@ def test_windowed_equals_absolute_while_the_sink_is_within_the_window(
         windowed, absolute = (run.chunks(1)[0].latents for run in runs)
         difference = float(np.abs(windowed - absolute).max())
         assert difference < 1e-4 if index < 4 else difference > 1e-4, index
+        assert bool(runs[0].tensors.named("place_sink")) == (index >= 4)
+    # Frame 17 looks back to frame 6: there the sink stands now, its time pairs turned by six frames.
+    g = pipeline.geometry
+    sink = slice(g.memory_rows, g.memory_rows + g.sink * g.frame_tokens)
+    placed, plain = (run.rows()[0][:, :, sink] for run in runs)
+    even, odd = slice(0, 2 * g.time_pairs, 2), slice(1, 2 * g.time_pairs, 2)
+    turn = np.exp(6j * 10000.0 ** (-np.arange(g.time_pairs) / g.time_pairs))
+    expected = (plain[..., even] + 1j * plain[..., odd]) * turn
+    np.testing.assert_allclose(placed[..., even] + 1j * placed[..., odd], expected, atol=1e-5)
+    np.testing.assert_array_equal(placed[..., 2 * g.time_pairs :], plain[..., 2 * g.time_pairs :])
 
 
 def test_no_key_is_ever_further_than_the_window(
@@ -88,6 +101,15 @@ def test_no_key_is_ever_further_than_the_window(
                     if row == g.memory_rows:
                         sink, place = call.start + fresh // g.frame_tokens, 0
     assert sink > 0  # the full recache moved it, and it was followed
+
+
+def test_without_a_sink_there_is_none_to_place(pipeline: Pipeline) -> None:
+    engine: Any = Mock()
+    without = memory.Memory(engine, dataclasses.replace(pipeline.geometry, sink=0), PolicySettings())
+    for start in range(0, 30, 3):
+        without.begin(start, 3, 12)
+        without.commit()
+    assert engine.commit.called and not engine.place_sink.called
 
 
 def test_a_cache_that_begins_at_frame_ten_million_behaves_the_same(

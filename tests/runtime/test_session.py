@@ -20,6 +20,7 @@ from swiftvideo.runtime import (
     Pipeline,
     PromptError,
     Session,
+    StoppedError,
     UsageError,
     load,
 )
@@ -80,7 +81,7 @@ def test_a_switch_is_reported(session: Session, texts: tuple[str, ...]) -> None:
     session.prompt(texts[1])
     chunk = next(session)
     assert chunk.mode in MODES and chunk.window == session.geometry.window
-    assert chunk.rho is not None and 0 <= chunk.rho <= 1
+    assert type(chunk.rho) is float and 0 <= chunk.rho <= 1
     assert "inject" in chunk.timings and ("recache" in chunk.timings) == (chunk.mode != "bridge-only")
 
 
@@ -191,8 +192,8 @@ def test_a_closed_session_refuses_everything(
     with pipeline.session(texts[0]) as session:
         next(session)
         assert not session.closed
-    session.close()
     assert session.closed
+    session.close()
     for call in (
         lambda: next(session),
         lambda: session.prompt(texts[1]),
@@ -217,6 +218,35 @@ def test_a_failure_closes_the_session(session: Session, monkeypatch: pytest.Monk
     assert session.closed
     with pytest.raises(ClosedError):
         next(session)
+
+
+def test_a_failure_is_told_before_that_of_closing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise EngineError("the engine failed")
+
+    def fail_too() -> None:
+        raise EngineError("its memory is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._rollout.tensors, "decode", fail)
+        patch.setattr(session._rollout.tensors, "close", fail_too)
+        with pytest.raises(EngineError, match="the engine failed") as caught:
+            next(session)
+    assert caught.value.__notes__ == ["then the session did not close: its memory is lost"]
+
+
+@pytest.mark.parametrize("run", [1, 3])
+def test_an_interrupt_gives_the_chunk_up_after_any_run(session: Session, run: int) -> None:
+    asked: list[int] = []
+
+    def interrupt() -> bool:
+        asked.append(len(asked))
+        return len(asked) == run
+
+    session.interrupt = interrupt
+    with pytest.raises(StoppedError, match="the chunk was given up"):
+        next(session)
+    assert len(asked) == run and session.closed
 
 
 @pytest.mark.parametrize("moment", ["video_frames", "take"])
@@ -254,6 +284,21 @@ def test_closing_within_a_chunk_takes_effect_at_its_end(
     monkeypatch.setattr(tensors, "close", close)
     session.interrupt = within
     assert next(session).index == 0 and closed
+    with pytest.raises(ClosedError):
+        next(session)
+
+
+def test_a_session_that_is_closed_while_a_saving_fails_stays_closed(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        session.close()
+        raise EngineError("the engine failed")
+
+    monkeypatch.setattr(session._rollout.tensors, "export_state", fail)
+    with pytest.raises(EngineError, match="the engine failed"):
+        session.save(tmp_path / "x")
+    assert session.closed
     with pytest.raises(ClosedError):
         next(session)
 
@@ -433,15 +478,15 @@ def test_sixty_chunks_need_no_more_memory(pipeline: Pipeline, texts: tuple[str, 
     assert resident < 10 * chunk_bytes, f"{resident} more bytes are resident"
 
 
-def test_a_dropped_session_frees_its_memory(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+def test_a_closed_session_frees_its_memory(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
     prompt = pipeline.encode(texts[0])
     pipeline.session(prompt).close()
     tracemalloc.start()
+    closed = []
     for _ in range(5):
-        session = pipeline.session(prompt)
+        closed.append(pipeline.session(prompt))
         size = tracemalloc.get_traced_memory()[0]
-        session.close()
-        del session
+        closed[-1].close()
     gc.collect()
     left = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
@@ -511,3 +556,11 @@ def test_a_session_is_not_saved_over_what_is_no_file(session: Session, tmp_path:
 
 def test_a_session_knows_how_many_prompts_it_was_asked(session: Session, texts: tuple[str, ...]) -> None:
     assert session.asked == 1 and session.prompt(texts[1]) == 1 and session.asked == 2
+
+
+def test_what_waits_is_told_as_it_is_at_that_moment(session: Session, texts: tuple[str, ...]) -> None:
+    """A prompt from another thread does not change what is being saved."""
+    session.prompt(texts[1])
+    asked, waiting = session._rollout.waiting()
+    session.prompt(texts[2])
+    assert asked == 2 and [item.prompt.text for item in waiting] == [texts[1]]

@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from swiftvideo.runtime import (
+    IntegrityError,
     Manifest,
     Pipeline,
     PolicySettings,
     Session,
-    SwiftVideoError,
     UsageError,
     load,
     tensorfile,
@@ -64,6 +64,8 @@ def test_a_restored_session_continues_byte_for_byte(
             np.testing.assert_array_equal(a.frames, b.frames)
     with pipeline.restore(tmp_path / "middle") as again:
         assert (again.seed, again.settings, again.frame) == (7, SETTINGS, 15)
+        with pytest.raises(UsageError, match="the next chunk starts at latent frame 15"):
+            again.prompt(texts[1], at_frame=14)
         for a, b in zip(rest, advance(again, 5), strict=True):
             assert (a.index, a.first_frame, a.prompt, a.prompt_id) == (
                 b.index,
@@ -157,7 +159,10 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     [
         *(drop(name) for name in ("emitted", "engine/cache_k", "memory/bridge", "memory/anchor.0")),
         told(index=2),
+        told(index=6),
         told(index=-1),
+        told(index=5.0),
+        told(asked=7.5),
         told(index="many"),
         told(seed=-1),
         told(prompt="zebra"),
@@ -192,6 +197,7 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         lambda plain, arrays: arrays.update({"engine/cache_k": arrays["engine/cache_k"].astype(np.float64)}),
         lambda plain, arrays: arrays.update({"memory/bridge": arrays["memory/bridge"][..., :1]}),
         lambda plain, arrays: arrays.update(emitted=arrays["emitted"][:, :2]),
+        lambda plain, arrays: arrays.update(emitted=arrays["emitted"].astype(np.float64)),
         lambda plain, arrays: arrays.pop(next(name for name in arrays if "vae" in name)),
         lambda plain, arrays: arrays.update(
             {name: array[..., :1] for name, array in arrays.items() if "vae" in name}
@@ -212,8 +218,32 @@ def test_a_file_that_was_tampered_with_is_refused(
     change(plain, arrays)
     path = tmp_path / "x"
     tensorfile.write(path, FORMAT, json.dumps(plain), arrays)
-    with pytest.raises(SwiftVideoError):
+    with pytest.raises((UsageError, IntegrityError)):
         pipeline.restore(path)
+
+
+def test_a_session_that_cannot_be_restored_is_closed(
+    pipeline: Pipeline, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, arrays = tensorfile.read(saved, FORMAT)
+    del arrays["engine/cache_k"]
+    tensorfile.write(tmp_path / "x", FORMAT, text, arrays)
+    closed: list[Session] = []
+
+    def close(session: Session) -> None:
+        closed.append(session)
+
+    monkeypatch.setattr(Session, "close", close)
+    with pytest.raises(UsageError, match="cache_k of the saved state is missing"):
+        pipeline.restore(tmp_path / "x")
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_a_file_whose_text_says_nothing_is_refused(pipeline: Pipeline, tmp_path: Path, text: str) -> None:
+    tensorfile.write(tmp_path / "x", FORMAT, text, {})
+    with pytest.raises(UsageError, match=r"x is no saved session .*save it again"):
+        pipeline.restore(tmp_path / "x")
 
 
 def test_an_interrupt_while_saving_leaves_no_file(
@@ -239,7 +269,7 @@ def test_what_cannot_be_written_leaves_no_file(
         for impossible in (tmp_path / ("x" * 300), f"{tmp_path}/a\0b"):
             with pytest.raises(UsageError, match=r"cannot be written"):
                 session.save(impossible)
-        with pytest.raises(UsageError, match=r"is a folder: give a file's name"):
+        with pytest.raises(UsageError, match=r"^'\S+' is a folder: give a file's name$"):
             session.save(tmp_path)
         wrong: Any = None
         with pytest.raises(UsageError, match="path is None: the name of a file is needed"):
