@@ -75,10 +75,17 @@ def test_frames_are_spread_over_the_whole_segment_in_bounded_memory() -> None:
     assert np.abs(np.diff(picked) - np.diff(picked).mean()).max() < 40
 
 
-def test_large_frames_are_reduced() -> None:
-    row = sheet.Row("large")
-    row.add(plain(RED, 2, 960))
-    assert sheet.draw([row]).shape[0] < 2 * sheet.LARGEST_TILE
+@pytest.mark.parametrize(
+    ("height", "width", "tile"),
+    [(60, 120, (60, 120)), (32, 64, (64, 128)), (30, 40, (90, 120)), (480, 960, (120, 240))],
+)
+def test_small_frames_are_enlarged_by_whole_numbers_and_large_ones_reduced(
+    height: int, width: int, tile: tuple[int, int]
+) -> None:
+    row = sheet.Row("flat")
+    row.add(np.broadcast_to(np.array(RED, np.uint8), (2, height, width, 3)))
+    red = (sheet.draw([row], 2) == np.array(RED, np.uint8)).all(-1)
+    assert (red.any(1).sum(), red.any(0).sum()) == (tile[0], 2 * tile[1])
 
 
 def test_the_file_is_the_drawing(tmp_path: Path) -> None:

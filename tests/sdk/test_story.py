@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,7 @@ prompts:
         (".5", 0.5),
         (".5s", 0.5),
         ("1S", 1),
+        ("8784h", 366 * 86400),
     ],
 )
 def test_times(text: str | float, seconds: float) -> None:
@@ -76,9 +78,11 @@ def test_times(text: str | float, seconds: float) -> None:
         "\u0661s",
         "9" * 300,
         "9999h",
+        "8784h1ms",
+        None,
     ],
 )
-def test_what_is_no_time_is_refused_with_the_value(text: str | float) -> None:
+def test_what_is_no_time_is_refused_with_the_value(text: Any) -> None:
     with pytest.raises(UsageError, match="time"):
         parse_time(text)
 
@@ -108,6 +112,8 @@ def test_what_a_file_leaves_out() -> None:
         ("prompts:\n- prompt: a\n- at: 3s", "line 3: the key prompt is missing"),
         ("prompts:\n- prompt: 7", "line 2: prompt is 7"),
         ("prompts:\n- prompt: [a]", "line 2: one value"),
+        ("prompts:\n- prompt: '  '", "line 2: prompt is '  '"),
+        ("seed: 2001-99-99\nprompts:\n- prompt: a", "line 1: '2001-99-99' cannot be read"),
         ("prompts:\n- prompt: a\n- prompt: b\n  at: soon", "line 4: time 'soon'"),
         ("prompts:\n- prompt: a\n  til: 3s", "line 3: unknown key 'til'"),
         ("colour: red\nprompts:\n- prompt: a", "line 1: unknown key 'colour'"),
@@ -118,6 +124,7 @@ def test_what_a_file_leaves_out() -> None:
         ("seconds: 3\nprompts:\n- prompt: a\n- prompt: b\n  at: 3s", "ends at 3 s"),
         ("prompts:\n- prompt: a\n  at: 1s", "must start at 0"),
         ("prompts:\n- prompt: a\n- prompt: b\n  at: 3s\n- prompt: c\n  at: 2s", "must rise"),
+        ("prompts:\n- prompt: a\n- prompt: b\n  at: 3s\n- prompt: c\n  at: 3s", "must rise"),
         ("prompts:\n- prompt: a\n -", "line 3"),
         ("prompts: !!python/object:os.system [x]", "line 1"),
         ("? [a, b]\n: 3\nprompts:\n- prompt: a", "line 1: unknown key that is no word"),
@@ -131,9 +138,12 @@ def test_errors_name_the_file_the_line_and_the_value(text: str, message: str) ->
     assert message in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_no_utf8_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"absent\.yaml"):
         read_story(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes("prompts: [{prompt: caf\u00e9}]".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"latin\.yaml' cannot be read"):
+        read_story(tmp_path / "latin.yaml")
 
 
 def test_options_need_a_time_for_each_later_prompt() -> None:
@@ -142,11 +152,15 @@ def test_options_need_a_time_for_each_later_prompt() -> None:
     assert story_from_options(["a"], [], None, 0, None).seconds == 4.0
     with pytest.raises(UsageError, match="2 --prompt and 0 --at"):
         story_from_options(["a", "b"], [], "12", 0, None)
+    with pytest.raises(UsageError, match="without prompts"):
+        story_from_options([], [], None, 0, None)
 
 
 def test_options_replace_what_a_file_says() -> None:
     story = override(parse_story(TEXT), "20s", None, "cut")
     assert (story.seconds, story.seed, story.policy) == (20.0, 7, "cut")
+    story = override(parse_story(TEXT), None, 0, None)
+    assert (story.seconds, story.seed, story.policy) == (12.0, 0, "recache")
     with pytest.raises(UsageError, match="ends at 2 s"):
         override(parse_story(TEXT), "2s", None, None)
 
@@ -169,6 +183,9 @@ def test_one_prompt_takes_over_per_boundary() -> None:
 def test_a_prompt_that_would_never_be_seen_is_refused() -> None:
     with pytest.raises(UsageError, match=r"take effect at 3\.75 s"):
         schedule(Story((Cue("a"), Cue("b", 3.0)), 3.5), GEOMETRY)
+    with pytest.raises(UsageError, match=r"take effect at 2\.75 s"):
+        schedule(Story((Cue("a"), Cue("b", 2.7)), 2.75), GEOMETRY)
+    assert schedule(Story((Cue("a"), Cue("b", 2.7)), 2.75 + 1 / 12), GEOMETRY)[1].first_frame == 33
 
 
 def test_the_number_of_frames_is_exact() -> None:
@@ -178,6 +195,15 @@ def test_the_number_of_frames_is_exact() -> None:
 
 def test_stories_check_themselves() -> None:
     story = Story((Cue("a"),), 1.0)
-    for change in ({"cues": ()}, {"seconds": 0.0}, {"seed": -1}, {"cues": (Cue("  "),)}):
+    year = 366 * 24 * 3600.0
+    for change in (
+        {"cues": ()},
+        {"seconds": 0.0},
+        {"seconds": year + 1},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"cues": (Cue("  "),)},
+    ):
         with pytest.raises(UsageError):
             dataclasses.replace(story, **change)
+    assert dataclasses.replace(story, seconds=year, seed=2**64 - 1).seed == 2**64 - 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -144,6 +146,20 @@ def test_a_disk_that_is_full_is_an_error_and_no_crash(tmp_path: Path, limit: int
     assert "a.mp4': writing failed" in first and last == "closed"
 
 
+@pytest.mark.parametrize(("code", "room"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_only_a_full_disk_is_told_to_be_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, room: bool
+) -> None:
+    def mux(packets: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with VideoWriter(tmp_path / "a.mp4", 64, 64, 12) as writer:
+        monkeypatch.setattr(writer, "_container", SimpleNamespace(mux=mux, close=writer._container.close))
+        with pytest.raises(OutputError, match=r"writing failed, .*Errno") as caught:
+            writer.write(colours(1))
+    assert ("make room or choose another disk" in str(caught.value)) == room
+
+
 @pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4", "a%03d.mp4", "-a.mp4"])
 def test_a_name_means_a_file_whatever_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -179,7 +195,9 @@ def test_writing_after_closing_is_refused(tmp_path: Path) -> None:
     ("width", "height", "fps", "said"),
     [
         (63, 64, 12, "video of 63x64"),
+        (64, 63, 12, "video of 64x63"),
         (64, 0, 12, "video of 64x0"),
+        (0, 64, 12, "video of 0x64"),
         (64.0, 64, 12, "video of 64.0x64"),
         (64, 64, 0, "fps is 0"),
         (64, 64, 12.5, r"video of 64x64 at 12\.5 frames per second: whole numbers"),

@@ -291,6 +291,29 @@ def test_arguments_have_names_and_are_counted() -> None:
     assert cache.plan(np.int64(18), 3, np.int32(12), np.False_, table()) == 48
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("start", lambda cache: cache.plan(2**64, 3, 12, False, table())),
+        ("frames", lambda cache: cache.plan(18, 2**64, 12, False, table())),
+        ("window", lambda cache: cache.plan(18, 3, 2**64, False, table())),
+        ("start", lambda cache: cache.commit(-(2**64), 3, False, table(4, 3))),
+        ("frames", lambda cache: cache.commit(18, 2**64, False, table(4, 3))),
+        ("bridge_recent", lambda cache: cache.spans(2**64, 6, table(15))),
+        ("anchor_recent", lambda cache: cache.spans(2, 2**64, table(15))),
+        ("anchors", lambda cache: cache.set_memory(True, 2**64)),
+        ("start", lambda cache: cache.clear(2**64)),
+        ("an integer of the state", lambda cache: cache.restore([*cache.state()[:-1], 2**64])),
+    ],
+)
+def test_an_integer_beyond_64_bits_is_named(name: str, call: Callable[[Cache], object]) -> None:
+    cache = filled().cache
+    before = cache.state()
+    with pytest.raises(UsageError, match=f"^{name} does not fit 64 bits: pass a smaller integer$"):
+        call(cache)
+    assert cache.state() == before
+
+
 def test_attributes_are_read_only_and_the_type_is_sealed() -> None:
     cache = filled().cache
     with pytest.raises(AttributeError):
