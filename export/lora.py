@@ -132,16 +132,13 @@ def merge_lora(
         raise CheckpointError(
             f"{source} holds {len(names)} adapters, {listed(sorted(map(str, names)))}; keep one"
         )
-    unknown = [
-        module for module in [*halves, *alphas] if module + ".weight" not in base or module not in halves
-    ]
-    if unknown:
+    modules = {**halves, **alphas}
+    if unknown := [module for module in modules if module + ".weight" not in base]:
         raise CheckpointError(
             f"{source}: {len(unknown)} modules are not in the backbone: {listed(unknown)}; use an adapter of its "
             "architecture"
         )
-    single = [module for module, pair in halves.items() if len(pair) != 2]
-    if single:
+    if single := [module for module in modules if len(halves.get(module, {})) != 2]:
         raise CheckpointError(
             f"{source}: {len(single)} modules lack lora_A or lora_B: {listed(single)}; save or copy the adapter again"
         )

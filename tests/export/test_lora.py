@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from swiftvideo.export.checkpoint import load_backbone
 from swiftvideo.export.checkpoint_naming import from_diffusers, to_diffusers
-from swiftvideo.export.lora import Adapter, merge_lora
+from swiftvideo.export.lora import Adapter, merge_lora, read_adapter
 from swiftvideo.export.models.backbone import CausalWanModel
 from swiftvideo.runtime.errors import CheckpointError
 
@@ -127,6 +127,17 @@ def test_the_settings_alpha_is_recorded_unless_modules_differ(state: State) -> N
     assert Adapter(adapter, {"lora_alpha": 3}, []).alpha == "3"
     assert Adapter(adapter, {"lora_alpha": 3, "alpha_pattern": {"q": 1}}, []).alpha == "its own"
     assert Adapter(adapter, {}, []).alpha == "its own"
+    with_alpha = {**adapter, "blocks.1.self_attn.q.alpha": torch.tensor(8.0)}
+    assert Adapter(with_alpha, {"lora_alpha": 3}, []).alpha == "its own"
+
+
+def test_settings_beside_a_file_are_its_own(state: State, tmp_path: Path) -> None:
+    save_file(lora_of(state, 4), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 3}')
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        found = read_adapter(path)
+        assert found.config == {"lora_alpha": 3}
+        assert [file.name for file in found.files] == ["adapter_model.safetensors", "adapter_config.json"]
 
 
 def test_wrong_adapters_are_refused(state: State) -> None:
@@ -135,11 +146,22 @@ def test_wrong_adapters_are_refused(state: State) -> None:
     without = {key: value for key, value in adapter.items() if key != b}
     cases: dict[str, State] = {
         "1 modules lack lora_A or lora_B: blocks.0.self_attn.q; save or copy": without,
+        " 1 modules lack lora_A or lora_B: blocks.0.self_attn.q; ": {
+            **{key: value for key, value in without.items() if key != a},
+            "blocks.0.self_attn.q.alpha": torch.tensor(8.0),
+        },
+        "1 modules are not in the backbone: blocks.9.self_attn.q; ": {
+            **adapter,
+            "blocks.9.self_attn.q.lora_A.weight": adapter[a],
+            "blocks.9.self_attn.q.alpha": torch.tensor(8.0),
+        },
         "not in the backbone: blocks.9.self_attn.q; use an adapter of its architecture": {
             "blocks.9.self_attn.q.lora_A.weight": adapter[a],
             **adapter,
         },
         r"blocks.0.self_attn.q is \(36, 36\), but lora_A is \(4, 35\)": {**adapter, a: torch.zeros(4, 35)},
+        r"lora_A is \(4,\) and lora_B \(36, 4\)": {**adapter, a: torch.zeros(4)},
+        r"lora_A is \(4, 36\) and lora_B \(36,\)": {**adapter, b: torch.zeros(36)},
         "lora_magnitude_vector is of DoRA, which is not supported; merge it into the backbone with peft": {
             **adapter,
             "blocks.0.self_attn.q.lora_magnitude_vector": torch.zeros(36),
@@ -216,6 +238,7 @@ def test_settings_of_a_file_that_are_none_are_said(state: State, tmp_path: Path)
     save_file(state, tmp_path / "base.safetensors")
     for text, match in (
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[1]", "should hold an object"),
         ('{"lora_alpha": null}', "is None"),
     ):

@@ -80,7 +80,7 @@ def test_attention(case: str) -> None:
         segments[item, : len(table)] = table
     inputs = {"q": q, "fresh_k": fresh_k, "fresh_v": fresh_v, "cache_k": cache_k, "cache_v": cache_v}
     inputs["segments"] = segments
-    layer, scale = 1, width**-0.5
+    layer, scale = 1, 0.3
     expected = np.stack(
         [
             attention64(
@@ -174,7 +174,10 @@ def test_injection(case: str) -> None:
                 np.testing.assert_allclose(onnxs[layer, item], theirs, rtol=0, atol=1e-5)
 
 
-def test_injection_needs_a_cache() -> None:
+@pytest.mark.parametrize("absent", [0, 2, 4])
+def test_injection_needs_a_cache(absent: int) -> None:
     spans = torch.zeros(1, 5, 3, 2, dtype=torch.int32)
-    with pytest.raises(UsageError, match="empty cache"):
+    spans[:, [0, 2, 4], 0, 1] = 1
+    spans[:, absent] = 0
+    with pytest.raises(UsageError, match="the first, third and fifth must list rows, for an empty cache"):
         semantic_injection(torch.zeros(1, 1, 4, 1, 4), spans, *torch.zeros(2, 1, 4), *torch.zeros(2, 1))
