@@ -65,7 +65,7 @@ test-lowest:
 		print(*(need.replace('>=', '==') for need in project['dependencies']))") \
 		pytest pytest-timeout hypothesis psutil
 	$(LOWEST) pip install --quiet --disable-pip-version-check --no-deps -e .
-	$(LOWEST) pytest tests/sdk $(addprefix tests/runtime/test_,pipeline.py session.py tensorfile.py) $(ARGS)
+	$(LOWEST) pytest tests/sdk $(addprefix tests/runtime/test_,pipeline.py session.py session_ending.py tensorfile.py) $(ARGS)
 
 check: lint types imports protocol sanitize
 

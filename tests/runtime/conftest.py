@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests: one pipeline on one thread, and prompts that its model knows."""
+"""Fixtures of the runtime's tests: one pipeline on one thread, prompts that its model knows, and a video of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftvideo.runtime import Pipeline, load
+from swiftvideo.runtime import Pipeline, Session, load
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,9 @@ def texts() -> tuple[str, str, str]:
         "a yellow square moving up in the fog",
         "a blue triangle bouncing at dawn",
     )
+
+
+@pytest.fixture
+def session(pipeline: Pipeline, texts: tuple[str, ...]) -> Iterator[Session]:
+    with pipeline.session(texts[0], 7) as opened:
+        yield opened

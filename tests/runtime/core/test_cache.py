@@ -314,6 +314,22 @@ def test_an_integer_beyond_64_bits_is_named(name: str, call: Callable[[Cache], o
     assert cache.state() == before
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache, both: cache.plan(18, 3, 12, both, table()),
+        lambda cache, both: cache.commit(18, 3, both, table(4, 3)),
+        lambda cache, both: cache.set_memory(both, 1),
+    ],
+)
+def test_what_is_neither_true_nor_false_is_refused(call: Callable[[Cache, Any], object]) -> None:
+    cache = filled().cache
+    before = cache.state()
+    with pytest.raises(ValueError, match="truth value"):
+        call(cache, np.array([True, False]))
+    assert cache.state() == before
+
+
 def test_attributes_are_read_only_and_the_type_is_sealed() -> None:
     cache = filled().cache
     with pytest.raises(AttributeError):
@@ -338,6 +354,9 @@ def test_a_state_of_other_sizes_is_refused(sizes: tuple[int, int, int, int]) -> 
 def test_what_is_no_state_is_refused() -> None:
     with pytest.raises(UsageError, match="2 integers"):
         filled().cache.restore((4, 12))
+    for wrong in (5, None, iter([]), ["4", *filled().cache.state()[1:]]):
+        with pytest.raises(TypeError):
+            filled().cache.restore(wrong)
 
 
 @pytest.mark.parametrize(
