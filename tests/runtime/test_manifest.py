@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def test_a_manifest_comes_back_as_it_was_saved(saved: Path) -> None:
     manifest = Manifest.load(saved)
     assert manifest.geometry == SMALL and manifest.policy == PolicySettings(positions="absolute")
     assert manifest.folder == saved and manifest.schema == SCHEMA
-    assert manifest.save(saved / "copy") == manifest
+    copy = manifest.save(saved / "copy")
+    assert copy == manifest and copy.folder == saved / "copy"
     assert (saved / "copy/manifest.json").read_bytes() == (saved / "manifest.json").read_bytes()
     assert sorted(manifest.files) == ["onnx/denoise.onnx", "tokenizer.json"]
     assert bytes(manifest.read_file("onnx/denoise.onnx")) == bytes(range(256)) * 40
@@ -73,6 +75,50 @@ def test_a_fingerprint_tells_bundles_apart_by_their_files_only(saved: Path) -> N
     assert dataclasses.replace(manifest, files=measure_files(saved)).fingerprint != manifest.fingerprint
 
 
+def test_what_was_compiled_is_no_part_of_a_fingerprint(saved: Path) -> None:
+    """A session that was saved on one engine goes on with another."""
+    manifest = Manifest.load(saved)
+
+    def with_file(name: str) -> str:
+        files = {**manifest.files, name: manifest.files["tokenizer.json"]}
+        return dataclasses.replace(manifest, files=files).fingerprint
+
+    assert with_file("trt/a.plan") == with_file("kernels/a.cubin") == manifest.fingerprint
+    assert with_file("onnx/a.onnx") != manifest.fingerprint
+
+
+def test_sizes_are_checked_without_reading(saved: Path) -> None:
+    manifest = Manifest.load(saved)
+    (saved / "tokenizer.json").write_bytes(b"wordz")
+    manifest.check_sizes()
+    (saved / "tokenizer.json").write_bytes(b"word")
+    with pytest.raises(BundleIntegrityError, match=r"tokenizer\.json does not have the 5 bytes"):
+        manifest.check_sizes()
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(BundleMissingError, match=r"tokenizer\.json is listed in the manifest and not there"):
+        manifest.check_sizes()
+
+
+@pytest.mark.parametrize("content", [b"word", b"words and more"])
+def test_a_file_that_changes_its_size_meanwhile_is_refused(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    manifest = Manifest.load(saved)
+    monkeypatch.setattr(module, "_open", lambda path: io.BytesIO(content))
+    with pytest.raises(BundleIntegrityError, match="does not have the 5 bytes"):
+        manifest.read_file("tokenizer.json")
+
+
+def test_a_file_may_come_in_pieces(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(buffer[:2])
+
+    manifest = Manifest.load(saved)
+    monkeypatch.setattr(module, "_open", lambda path: Slow(b"words"))
+    assert bytes(manifest.read_file("tokenizer.json")) == b"words"
+
+
 @pytest.mark.parametrize("where", ["nothing", "manifest.json"])
 def test_a_missing_bundle_is_named(saved: Path, where: str) -> None:
     (saved / "manifest.json").unlink() if where == "nothing" else None
@@ -80,6 +126,14 @@ def test_a_missing_bundle_is_named(saved: Path, where: str) -> None:
     with pytest.raises(BundleMissingError, match=r"no bundle at '.*swiftvideo export") as caught:
         Manifest.load(target)
     assert str(target) in str(caught.value)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(
+        BundleMissingError, match=r"manifest\.json cannot be read: .*; change its permissions"
+    ):
+        Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +175,16 @@ def test_a_missing_bundle_is_named(saved: Path, where: str) -> None:
         ),
         (lambda d: d["geometry"].update(window=2), BundleIntegrityError, r"window 2, sink 3"),
         (lambda d: d["geometry"].update(steps=3), BundleIntegrityError, r"4 steps and geometry.steps is 3"),
+        (
+            lambda d: d["schedule"]["sigmas"].pop(),
+            BundleIntegrityError,
+            r"4 timesteps and 3 sigmas: as many of each, and at least one",
+        ),
+        (
+            lambda d: d["schedule"].update(timesteps=[], sigmas=[]),
+            BundleIntegrityError,
+            r"0 timesteps and 0 sigmas",
+        ),
         (lambda d: d["policy"].update(policy="guess"), BundleIntegrityError, r"policy is 'guess'"),
         (lambda d: d["files"]["tokenizer.json"].update(sha256="0"), BundleIntegrityError, r"sha256 is '0'"),
         (lambda d: d["files"]["tokenizer.json"].update(size=-1), BundleIntegrityError, r"size is -1"),
