@@ -136,6 +136,8 @@ SPANS = {
     "one frame": [[[(6, 4)], [], [(6, 4)], [(6, 4)], [(6, 4)]]],
     "no sink": [[[NEWEST], [(29, 4)], [(29, 8)], [], [(20, 17)]]],
     "frames without motion": [[[NEWEST], [NEWEST], [NEWEST], [SINK], [(20, 17)]]],
+    "next to no motion": [[[(36, 1)], [(35, 1)], [NEWEST], [SINK], [NEWEST]]],
+    "the same prompt": [[[NEWEST], [], [(29, 8)], [SINK], [(20, 17)]]],
     "one row each": [[[(36, 1)], [(35, 1)], [(36, 1)], [(6, 1)], [(36, 1)]]],
     "two sessions": [
         [[NEWEST], [(29, 4)], [(29, 8)], [SINK], [(20, 17)]],
@@ -155,6 +157,10 @@ def test_injection(case: str) -> None:
             spans[item, index, : len(pieces)] = np.array(pieces, np.int32).reshape(-1, 2)
     old, new = (rng.standard_normal((batch, heads * width), np.float32) for _ in range(2))
     rho, mix = (rng.random(batch, np.float32) for _ in range(2))
+    if case == "next to no motion":
+        cache_v[:, :, 36] = cache_v[:, :, 35] + np.float32(3e-4)
+    if case == "the same prompt":
+        new = old.copy()
     inputs = {"cache_v": cache_v, "spans": spans, "old_signature": old, "new_signature": new}
     inputs |= {"rho": rho, "mix": mix}
     ours = semantic_injection(*(torch.from_numpy(value) for value in inputs.values()))

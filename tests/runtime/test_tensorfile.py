@@ -83,12 +83,20 @@ def test_a_file_that_was_renamed_to_another_format_is_refused(tmp_path: Path) ->
         tensorfile.read(path, "some-2")
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "some-1"}, {"format": "some-1", "text": ""}])
-def test_a_file_without_our_metadata_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
-    path = tmp_path / "x"
-    save_file({"a": np.zeros(1)}, path, metadata)
-    with pytest.raises(UsageError, match=r"x (is not what was saved|has format None).*save it again"):
-        tensorfile.read(path, "some-1")
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, r"^\S*x has format None, not 'some-1': it is something else"),
+        ({"format": "some-1"}, r"x is not what was saved \('text'\): save it again"),
+        ({"format": "some-1", "text": ""}, r"x is not what was saved \('sha256'\): save it again"),
+    ],
+)
+def test_a_file_without_our_metadata_is_refused(
+    tmp_path: Path, metadata: dict[str, str] | None, message: str
+) -> None:
+    save_file({"a": np.zeros(1)}, tmp_path / "x", metadata)
+    with pytest.raises(UsageError, match=message):
+        tensorfile.read(tmp_path / "x", "some-1")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ SPANS = {
     "no sink": [[(20, 10)], [(10, 10)], [(10, 20)], [], [(10, 20)]],
     "one row each": [[(49, 1)], [(0, 1)], [(49, 1)], [(0, 1)], [(49, 1)]],
     "nothing moved": [[(10, 8)], [(10, 8)], [(2, 40)], [(0, 5)], [(2, 40)]],
+    "next to nothing moved": [[(12, 1)], [(11, 1)], [(2, 40)], [(0, 5)], [(2, 40)]],
+    "the same prompt": [[(20, 10)], [], [(20, 10)], [(20, 3)], [(20, 10)]],
 }
 
 
@@ -199,8 +201,8 @@ def injection_in_float64(
         )
     tokens = []
     for base in (recent if sink is None else sink, recent):
-        norms = np.linalg.norm(base, axis=-1, keepdims=True) * np.linalg.norm(delta, axis=-1, keepdims=True)
-        gate = rho * np.clip((base * delta).sum(-1, keepdims=True) / norms, 0, 1)
+        norms = [np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in (base, delta)]
+        gate = rho * np.clip((base * delta).sum(-1, keepdims=True) / (norms[0] * norms[1]), 0, 1)
         tokens.append((1 - gate) * base + gate * delta)
     return np.stack(tokens), ((1 - mix) * tail + mix * old)[None]
 
@@ -214,6 +216,10 @@ def test_injection(interpreter: Interpreter, spans: str, name: str, head: int) -
     cache = torch.randn(LAYERS, batch, CACHE, heads, head, generator=generator).to(DTYPES[name])
     old, new = torch.randn(2, batch, heads * head, generator=generator)
     rho, mix = torch.rand(2, batch, generator=generator)
+    if spans == "next to nothing moved":
+        cache[:, :, 12] = cache[:, :, 11] + 1.8e-4
+    if spans == "the same prompt":
+        new = old.clone()
     table = torch.zeros(batch, 5, 3, 2, dtype=torch.int32)
     for which, ranges in enumerate(SPANS[spans]):
         for index, pair in enumerate(ranges):
