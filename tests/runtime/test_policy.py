@@ -181,6 +181,19 @@ def test_a_full_recache_sees_the_anchors_and_no_longer_the_bridge(
     assert rows & set(range(pipeline.geometry.memory_rows)) == {2}  # the anchor of the first switch
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "mode"),
+    [(1.0, 1.0, "full-recache"), (1.0, 2.0, "bridge+micro-recache"), (1.1, 2.0, "bridge-only")],
+)
+def test_a_strength_that_equals_a_threshold_reaches_it(
+    pipeline: Pipeline, prompts: tuple[Prompt, ...], low: float, high: float, mode: str
+) -> None:
+    run = started(pipeline, prompts[0], 2, bridge=BridgeSettings(tau_low=low, tau_high=high))
+    opposite = dataclasses.replace(prompts[1], signature=-prompts[0].signature)
+    switch = run.switch(opposite).switch
+    assert (switch.mode, switch.strength) == (mode, 1.0)
+
+
 def test_memory_rows_are_keys_in_place_of_the_oldest_tokens(
     pipeline: Pipeline, prompts: tuple[Prompt, ...]
 ) -> None:
@@ -256,11 +269,18 @@ def test_recache_always_runs_the_whole_window_again(pipeline: Pipeline, prompts:
 def test_a_switch_before_the_first_chunk_finds_nothing_to_remember(
     pipeline: Pipeline, prompts: tuple[Prompt, ...]
 ) -> None:
-    for policy in ("swift", "recache", "keep", "cut"):
+    plain = Run(pipeline.engine, prompts[1], SWIFT).chunks(1)[0].latents
+    for policy, rho in (
+        ("swift", 0.3),
+        ("swift", 0.75),
+        ("swift", 0.9),
+        ("recache", 0.9),
+        ("keep", 0.9),
+        ("cut", 0.9),
+    ):
         run = Run(pipeline.engine, prompts[0], dataclasses.replace(SWIFT, policy=policy))
-        run.switch(turned(prompts[0], prompts[1], 0.9))
-        plain = Run(pipeline.engine, prompts[1], SWIFT)
-        np.testing.assert_array_equal(run.rollout.emitted, plain.chunks(1)[0].latents)
+        run.switch(turned(prompts[0], prompts[1], rho))
+        np.testing.assert_array_equal(run.rollout.emitted, plain)
         assert run.cache.anchors == 0 and not run.cache.has_bridge
 
 
@@ -280,7 +300,8 @@ def test_policies_other_than_swift_look_back_over_the_whole_window(
 def test_without_a_bridge_every_switch_is_a_full_recache(
     pipeline: Pipeline, prompts: tuple[Prompt, ...]
 ) -> None:
-    run = started(pipeline, prompts[0], 2, bridge=BridgeSettings(enabled=False))
+    never = BridgeSettings(enabled=False, tau_low=2.0, tau_high=2.0)  # with a bridge
+    run = started(pipeline, prompts[0], 2, bridge=never)
     step = run.switch(turned(prompts[0], prompts[1], 0.1))
     assert step.switch.mode == "full-recache" and run.cache.anchors == 1 and not run.cache.has_bridge
     assert run.forwards[0].frames == 6  # no more than there are
@@ -335,15 +356,17 @@ def test_recent_frames_mix_and_scale_of_memories(pipeline: Pipeline, prompts: tu
         np.testing.assert_allclose(run.rows()[1][:, :, 2:3], run.memory.anchors[0] * 0.5, rtol=1e-6)
 
 
-def test_the_newest_anchors_are_kept(pipeline: Pipeline, prompts: tuple[Prompt, ...]) -> None:
-    run = started(pipeline, prompts[0], 2, anchors=AnchorSettings(max=2))
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_newest_anchors_are_kept(pipeline: Pipeline, prompts: tuple[Prompt, ...], most: int) -> None:
+    run = started(pipeline, prompts[0], 2, anchors=AnchorSettings(max=most))
     made = []
     for number in range(3):
         run.switch(turned(prompts[number % 2], prompts[1 - number % 2], 0.2 if number else 0.9))
         made.append(run.memory.anchors[-1])
-    assert run.cache.anchors == 2
-    np.testing.assert_array_equal(np.concatenate(run.memory.anchors), np.concatenate(made[1:]))
-    np.testing.assert_allclose(run.rows()[1][:, :, 2:4], np.concatenate(made[1:], 2) * 0.8, rtol=1e-6)
+    assert run.cache.anchors == most
+    np.testing.assert_array_equal(np.concatenate(run.memory.anchors), np.concatenate(made[-most:]))
+    rows = run.rows()[1][:, :, 2 : 2 + most]
+    np.testing.assert_allclose(rows, np.concatenate(made[-most:], 2) * 0.8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("anchors", [AnchorSettings(enabled=False), AnchorSettings(max=0)])
