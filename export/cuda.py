@@ -7,7 +7,8 @@
   serves windows of whole frames.
 - torch.compile fuses the chains between matrix products: norm and modulation, RMS norm and rotation, gates. GELU is
   part of its product, and K and V are made where they are read (export/fused_blocks.py).
-- The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass.
+- The VAE's weights and caches lie channels last; it decodes on a stream of its own, beside the context pass, and in one
+  thread, whose convolutions cuDNN prepares once (export/convolutions.py).
 - All sessions of an engine share its two streams, and take turns where threads run several (export/lanes.py).
 - What goes to the host or comes from it passes through pinned memory, and only x0, the frames and what an injection
   made are waited for.
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, EngineUnavailableError, SettingsError, UsageError
@@ -35,9 +36,10 @@ from swiftvideo.runtime.plugins.kernel import ATTENTION, INJECTION, PLACE
 from swiftvideo.runtime.plugins.split import Split, workspace
 
 from .chunk_forward import ChunkForward
+from .convolutions import channels_last, fastest
 from .fused_blocks import join_gelu, place_keys
 from .graphs import Denoise
-from .lanes import Lane
+from .lanes import Lane, alone
 from .models.backbone import CausalWanModel
 from .models.schedule import Schedule
 from .models.vae import StreamingDecoder
@@ -119,8 +121,6 @@ class CudaEngine(TorchEngine):
         if self.options.placed_keys:
             place_keys(self.model)
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            torch.backends.cudnn.benchmark_limit = 4
             for parameter in self.model.parameters():  # those of a bundle may be transposed views
                 parameter.data = parameter.data.contiguous()
             if self.options.kernels:
@@ -131,6 +131,8 @@ class CudaEngine(TorchEngine):
         if self.decoder is not None and self.options.channels_last:
             channels_last(self.decoder)
             self.cache_format = torch.channels_last_3d
+        for lane in (self.lane, self.decoding):
+            lane.follow()  # the weights were moved and laid out in the caller's stream
 
     def _compile_kernels(self) -> None:
         from swiftvideo.runtime.plugins.launch import Launcher, cuda_driver
@@ -158,7 +160,8 @@ class CudaEngine(TorchEngine):
     def decode(self, latents: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """See `TorchEngine.decode`. What is compiled is for whole chunks: a video's first, a frame short, is rare."""
         whole = latents.shape[1] == self.geometry.chunk
-        frames, new = (self._decode if whole else super().decode)(latents, caches)
+        with fastest(tried=whole):
+            frames, new = (self._decode if whole else super().decode)(latents, caches)
         return frames, list(new)
 
     def open(self, batch: int = 1) -> CudaSession:
@@ -343,11 +346,15 @@ class CudaSession(TorchSession):
         with self._changing():
             super().place_memory(cos, sin)
 
-    @torch.no_grad()
     def decode(self, latents: Float32) -> Frames:
         """See `EngineSession.decode`; on a stream of its own, so that it overlaps with the context pass."""
         self._check_open()
+        return alone(self.engine.device, lambda: self._frames(latents))
+
+    @torch.no_grad()
+    def _frames(self, latents: Float32) -> Frames:
         with self.decoding():
+            self._check_open()  # it may have been closed by who no longer waits for this
             video = self._video(self.decoding.send(latents))
         frames: Frames = self.decoding.download(video).numpy()
         return frames
@@ -370,8 +377,9 @@ class CudaSession(TorchSession):
         with self.lane():
             self.forward.leave(self)
         self.lane.wait()
-        self.decoding.wait()
-        super().close()
+        with self.decoding():  # not while its thread still decodes for who no longer waits
+            self.decoding.wait()
+            super().close()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -409,12 +417,3 @@ def compile_decoding(decode: Callable[..., Any]) -> Callable[..., Any]:
     """`StreamingDecoder.decode` by torch.compile."""
     # By default (4) Inductor writes the norm of a sum of tensors in float32 and reads it again to cast it.
     return torch.compile(decode, dynamic=False, options={"realize_reads_threshold": 16})
-
-
-def channels_last(decoder: StreamingDecoder) -> None:
-    """Lay the convolutions' weights out channels last, in place; what they compute then is laid out so too."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            wide = isinstance(module, nn.Conv3d)
-            layout = torch.channels_last_3d if wide else torch.channels_last
-            module.weight.data = module.weight.data.contiguous(memory_format=layout)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from swiftvideo.runtime.engines.capturing import uncollected
+
+T = TypeVar("T")
 
 
 class Lane:
@@ -60,6 +64,12 @@ class Lane:
         if self.stream is not None:
             for value in values:
                 value.record_stream(self.stream)
+
+    def follow(self) -> None:
+        """What comes next begins after what the caller's own stream has to do so far."""
+        if self.stream is not None:
+            with self._held:
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def wait(self) -> None:
         """Until all work so far is done."""
@@ -110,3 +120,20 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / repeats
+
+
+def alone(device: torch.device, work: Callable[[], T]) -> T:
+    """What `work` returns or raises, done by the one thread that a device has for this, whoever calls.
+
+    For what libraries keep by thread. Not inside a lane that `work` enters.
+    """
+    waiting = _thread(device).submit(work)
+    try:
+        return waiting.result()
+    finally:
+        del waiting  # else an error and its traceback hold each other, and all that is in them
+
+
+@functools.cache
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, f"swiftvideo-{device}")

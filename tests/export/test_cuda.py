@@ -13,9 +13,9 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +24,11 @@ import pytest
 import torch
 
 from swiftvideo.export import cuda, restore, torch_engine
+from swiftvideo.export.convolutions import TRIALS, channels_last, fastest
 from swiftvideo.export.cuda import (
     COMPILED,
     CudaEngine,
     Options,
-    channels_last,
     compile_blocks,
     compile_decoding,
 )
@@ -36,6 +36,7 @@ from swiftvideo.export.fused_blocks import LinearGelu, join_gelu, place_keys, qk
 from swiftvideo.export.lanes import Lane
 from swiftvideo.export.models import vae as models_vae
 from swiftvideo.export.models.backbone import CausalWanModel
+from swiftvideo.export.models.vae import StreamingDecoder
 from swiftvideo.export.torch_engine import TorchEngine, memory_for
 from swiftvideo.runtime.errors import (
     ClosedError,
@@ -368,6 +369,106 @@ def test_only_whole_chunks_are_decoded_by_what_was_compiled() -> None:
     assert compiled == [g.chunk]
 
 
+def test_one_thread_decodes_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's plans are the thread's that made them, and take seconds: a server warms up on another one."""
+    threads, decode = [], StreamingDecoder.decode
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(current_thread())
+        assert not torch.is_grad_enabled(), "which is the thread's own, too"
+        return decode(*arguments)
+
+    monkeypatch.setattr(StreamingDecoder, "decode", watched)
+    for caller in (Thread.start, Thread.start, Thread.run):
+        _, engine = engines()
+        g, session = engine.geometry, engine.open()
+        latents = np.zeros((1, 2, g.latent_channels, g.latent_height, g.latent_width), np.float32)
+        work = Thread(target=session.decode, args=(latents,))
+        caller(work)
+        if caller is Thread.start:
+            work.join()
+        session.close()
+    assert len(threads) == 3 and len(set(threads)) == 1 and threads[0] is not current_thread()
+
+
+def test_what_decoding_raises_comes_to_who_asked_and_is_freed_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, engine = engines()
+    session = engine.open()
+    seen = weakref.ref(session)
+
+    def failing(*_: Any) -> Any:
+        raise OutOfMemoryError("full")
+
+    monkeypatch.setattr(engine.decoder, "decode_first", failing)
+    gc.disable()
+    try:
+        with pytest.raises(OutOfMemoryError, match="full"):
+            session.decode(np.zeros((1, 1, 1, 1, 1), np.float32))
+        session.close()
+        del session
+        assert seen() is None, "a cycle would keep its memory"
+    finally:
+        gc.enable()
+
+
+def test_what_was_asked_of_a_session_that_closed_meanwhile_makes_nothing() -> None:
+    """As where Ctrl-C ends the wait for it."""
+    _, engine = engines()
+    session = engine.open()
+
+    def refused() -> None:
+        with pytest.raises(ClosedError):
+            session.decode(np.zeros(1, np.float32))
+        seen.append("refused")
+
+    seen: list[str] = []
+    waiting = Thread(target=refused)
+    with engine.decoding():
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        session.close()
+    waiting.join(10)
+    assert seen == ["refused"] and session.vae_caches is None
+
+
+def test_algorithms_are_tried_for_whole_chunks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second each: a video's first frame, and what is left of its first chunk, are done once."""
+    _, engine = engines()
+    seen: list[tuple[int, bool]] = []
+
+    def watched(name: str) -> Any:
+        real = getattr(engine.decoder, name)
+
+        def decode(latents: torch.Tensor, *caches: Any) -> Any:
+            seen.append((latents.shape[1], torch.backends.cudnn.benchmark))
+            return real(latents, *caches)
+
+        return decode
+
+    for name in ("decode_first", "decode"):
+        monkeypatch.setattr(engine.decoder, name, watched(name))
+    engine._decode = engine.decoder.decode  # type: ignore[union-attr]
+    g, session = engine.geometry, engine.open()
+    for _ in range(2):
+        session.decode(np.zeros((1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32))
+    assert seen == [(1, False), (g.chunk - 1, False), (g.chunk, True)]
+    assert not torch.backends.cudnn.benchmark, "the process's own setting is what it was"
+
+
+def test_trials_are_the_callers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(cudnn, "benchmark_limit", 10)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with pytest.raises(RuntimeError), fastest(tried=False):
+        assert (cudnn.benchmark, cudnn.benchmark_limit) == (False, TRIALS)
+        raise RuntimeError
+    assert (cudnn.benchmark, cudnn.benchmark_limit) == (True, 10)
+
+
 def test_all_sessions_share_two_streams_that_one_thread_uses_at_a_time() -> None:
     """torch has 32 streams in turn: with two for every session the 17th would write into the first one's graph."""
     _, engine = engines()
@@ -382,6 +483,21 @@ def test_all_sessions_share_two_streams_that_one_thread_uses_at_a_time() -> None
         a.sent(np.ones(1))
     other.join(10)
     assert len(sent) == 1
+
+
+def test_lanes_begin_when_the_weights_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were copied in another stream, for which nothing that only decodes would wait."""
+    done: list[Any] = []
+    monkeypatch.setattr(cuda, "channels_last", lambda decoder: done.append("weights"))
+    monkeypatch.setattr(Lane, "follow", partialmethod(lambda lane, made: made.append(lane), done))
+    _, engine = engines()
+    assert done == ["weights", engine.lane, engine.decoding]
+    monkeypatch.undo()
+    waited: list[Any] = []
+    monkeypatch.setattr(engine.lane, "stream", SimpleNamespace(wait_stream=waited.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
+    engine.lane.follow()
+    assert waited == ["the caller's"]
 
 
 def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
