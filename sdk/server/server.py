@@ -204,8 +204,12 @@ class Server:
 
 
 def _warm_up(pipeline: Pipeline) -> float:
-    """Seconds that a chunk takes: the second one of a video, when all is loaded. Its prompt may be any."""
+    """Seconds that a chunk takes: the third one of a video, when all is loaded. Its prompt may be any.
+
+    The first one decodes a frame less than the others, so the torch engine compiles the decoder during the second.
+    """
     with pipeline.session(pipeline.words[0] if pipeline.words else "a video") as session:
+        next(session)
         next(session)
         begin = time.monotonic()
         next(session)
