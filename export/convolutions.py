@@ -27,7 +27,7 @@ def channels_last(decoder: StreamingDecoder) -> None:
 def fastest(tried: bool) -> Iterator[None]:
     """Whether new convolutions inside are tried with several algorithms, or take the one that cuDNN expects to be fast.
 
-    Half a second of the host's for each shape (measured), for torch prepares all algorithms that there are. torch keeps
+    Half a second of a core for each shape, measured: torch prepares all algorithms that there are. torch keeps
     what it found for the thread that asked: let one thread do all of them.
     """
     cudnn = torch.backends.cudnn

@@ -115,6 +115,18 @@ def test_the_convolutions_are_those_of_the_decoder() -> None:
     assert 0.9 * counted < flop / 1e12 < counted
 
 
+def test_convolutions_are_timed_with_the_algorithms_that_the_engine_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where no engine was made before."""
+    bench, tried = engine.rehearsed(), []
+    monkeypatch.setattr(
+        bench, "seconds", lambda work, repeats: tried.append(torch.backends.cudnn.benchmark) or 1.0
+    )
+    convolutions.row(bench, (1, 2, 4, 6, 6), (3, 2, 3, 3, 3), 1, None, 1)
+    assert tried == [True, True] and not torch.backends.cudnn.benchmark
+
+
 def test_forwards_are_timed_over_full_caches() -> None:
     """Products of zeros take less power, so a GPU runs them at a higher clock."""
     bench, opened = engine.rehearsed(), []
