@@ -10,6 +10,7 @@ figure is written as it comes; one that fails is kept as its traceback, and the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -74,6 +75,8 @@ ABLATIONS: dict[str, tuple[Options, tuple[str, ...]]] = {
     ),
 }
 """What the engine is left with, and the parts that this changes."""
+SWITCHED = [field.name for field in dataclasses.fields(Options) if field.default is True]
+"""Options that `--without` takes: what fails on a GPU may fail for all that follows in a process."""
 SLOW = 3
 """Repeats of a forward with the reference attention."""
 
@@ -281,6 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=200, help="of each video that is timed; at least 40")
     parser.add_argument("--repeats", type=int, default=20, help="of each stage that is timed")
     parser.add_argument("--only", nargs="*", choices=sections, help="what is timed, after the numbers")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=SWITCHED, help="what the engine does without"
+    )
     parser.add_argument("--skip-numbers", action="store_true", help="they were right in an earlier run")
     parser.add_argument("--time-anyway", action="store_true", help="even where numbers are wrong")
     given = parser.parse_args(arguments)
@@ -300,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench.full_size(torch.device("cuda"))
         measure = functools.partial(Gpu(bench.device).limits, "bf16")
     record.put("dtype", value=bench.dtype)
+    record.put("without", value=given.without)
     limits = record.add("limits", work=measure)
-    engine = functools.cache(bench.engine)
+    options = Options(**dict.fromkeys(given.without, False))
+    engine = functools.cache(functools.partial(bench.engine, options))
     right = True
     if not given.skip_numbers:
         numbers(bench, engine, record)
@@ -313,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stages": lambda: stages(bench, engine, record, rate, given.repeats),
         "video": lambda: video(bench, engine, record, given.chunks),
         "profile": lambda: record.add(
-            "profile", work=lambda: profile(bench, bench.engine(Options(graphs=False)))
+            "profile", work=lambda: profile(bench, bench.engine(dataclasses.replace(options, graphs=False)))
         ),
         "ablations": lambda: ablations(bench, engine, record, given.repeats),
         "convolutions": lambda: convolutions(bench, record, rate, given.repeats),

@@ -45,7 +45,10 @@ class Record:
         else:
             self.put(*place, value=value)
         self.figures["seconds"]["/".join(place)] = round(time.perf_counter() - begin, 3)
-        self.save()
+        try:
+            self.save()
+        except OSError as error:  # a full disk: what was printed is there, and the next may be written again
+            print(f"{self.path} was not written: {error}", file=sys.stderr)
         clean()
         return value
 

@@ -96,6 +96,24 @@ def test_one_failure_loses_nothing_else(program: Any, monkeypatch: pytest.Monkey
     assert all(made["stages"][f"forward, window {window}"]["ms"] > 0 for window in (7, 9, 10, 11, 12))
 
 
+def test_the_engine_does_without_what_fails(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads where nothing is ends a process's CUDA context: all else would be lost with it."""
+    made: list[Any] = []
+    original = model.CudaEngine.__init__
+
+    def watched(self: Any, *arguments: Any, options: Any = None, **more: Any) -> None:
+        made.append(options)
+        original(self, *arguments, options=options, **more)
+
+    monkeypatch.setattr(model.CudaEngine, "__init__", watched)
+    code, figures = program("--without", "kernels", "graphs")
+    assert code == 0 and figures["without"] == ["kernels", "graphs"] and figures["stages"]["decode"]["ms"] > 0
+    assert made == [engine.Options(kernels=False, graphs=False)]
+    assert set(engine.SWITCHED) == {
+        *("graphs", "kernels", "compiled", "joined_gelu", "placed_keys", "channels_last")
+    }
+
+
 def test_without_limits_there_are_times(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "cpu_limits", lambda threads: 1 / 0)
     code, made = program()

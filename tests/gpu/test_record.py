@@ -33,5 +33,23 @@ def test_a_failure_is_kept_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.C
     assert [child.name for child in tmp_path.iterdir()] == ["figures.json"]
 
 
+def test_a_full_disk_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    record = Record(path, {})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        assert record.add("first", work=lambda: 1.5) == 1.5
+    said = capsys.readouterr()
+    assert '{"first": 1.5}' in said.out and "figures.json was not written" in said.err
+    record.add("second", work=lambda: 2.5)
+    assert json.loads(path.read_text())["first"] == 1.5
+
+
 def test_without_a_file() -> None:
     assert Record(None, {}).add("x", work=lambda: 3) == 3
