@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import math
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,7 @@ class Client:
         prompt: str,
         seed: int = 0,
         *,
+        prompts: Iterable[tuple[str, int]] = (),
         credits: int = 3,
         encoding: EncodingName = "raw",
         policy: pb.PolicySettings | Policy | None = None,
@@ -79,7 +80,7 @@ class Client:
         deadline: float | None = None,
     ) -> Video:
         """Start a session; arguments and errors as those of `swiftvideo.sdk.client.Client.generate`."""
-        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks, prompts)
         return self._video(VideoState(start), deadline)
 
     def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:

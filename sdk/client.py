@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,6 +86,7 @@ class Client:
         prompt: str,
         seed: int = 0,
         *,
+        prompts: Iterable[tuple[str, int]] = (),
         credits: int = 3,
         encoding: EncodingName = "raw",
         policy: pb.PolicySettings | Policy | None = None,
@@ -95,15 +96,17 @@ class Client:
     ) -> Video:
         """Start a session.
 
-        credits: chunks that the server may make ahead of the last one taken. linger: seconds that the server keeps the
-        session when the connection breaks; 0: no resume. chunks: end after so many; 0: endless. deadline: seconds that
-        the next chunk may take, reconnects included; None: for ever while a server is there, and `timeout` seconds of
-        reconnects without.
+        prompts: at most 64 that are known ahead, as pairs (text, at_chunk) of what `Video.prompt` takes; they are heard
+        before chunk 0, so that the same video comes each time. Their ids are the keys of `video.state.prompts`, in that
+        order. Where the server refuses one it refuses all. credits: chunks that the server may make ahead of the last
+        one taken. linger: seconds that the server keeps the session when the connection breaks; 0: no resume. chunks:
+        end after so many; 0: endless. deadline: seconds that the next chunk may take, reconnects included; None: for
+        ever while a server is there, and `timeout` seconds of reconnects without.
 
         Raises ServiceError, at the first chunk, where the server refuses; SettingsError for impossible values;
         ClosedError after `close`.
         """
-        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks)
+        start = start_of(prompt, seed, credits, encoding, policy, linger, chunks, prompts)
         return self._video(VideoState(start), deadline)
 
     def reattach(self, token: str, next_chunk: int = 0, *, deadline: float | None = None) -> Video:

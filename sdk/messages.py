@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, TypeVar
 
@@ -11,7 +13,7 @@ from swiftvideo.runtime.errors import SettingsError
 from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .protocol import MAX_TEXT
+from .protocol import MAX_PROMPTS, MAX_TEXT
 
 M = TypeVar("M", bound=Message)
 EncodingName = Literal["raw", "jpeg", "h264"]
@@ -53,6 +55,28 @@ def check_text(name: str, text: object) -> None:
         raise SettingsError(f"the {name} has {size} bytes: use at most {MAX_TEXT}")
 
 
+def prompt_of(text: str, at_chunk: int) -> pb.Prompt:
+    """A prompt, with an id of its own. Raises SettingsError for one that cannot be sent."""
+    check_text("prompt", text)
+    return filled(pb.Prompt, id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
+
+
+def known_ahead(prompts: Iterable[tuple[str, int]]) -> list[pb.Prompt]:
+    """The prompts of a start. Raises SettingsError for what cannot be sent."""
+    try:
+        pairs = [(text, at_chunk) for text, at_chunk in prompts]
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"prompts is {prompts!r:.60}: give pairs of a text and the first chunk that it may apply to"
+        ) from error
+    if len(pairs) > MAX_PROMPTS:
+        raise SettingsError(
+            f"prompts has {len(pairs)} entries: give the first {MAX_PROMPTS}, and the others to the video's `prompt` "
+            "while it plays"
+        )
+    return [prompt_of(text, at_chunk) for text, at_chunk in pairs]
+
+
 def start_of(
     prompt: str,
     seed: int,
@@ -61,6 +85,7 @@ def start_of(
     policy: pb.PolicySettings | Policy | None,
     linger: float,
     chunks: int,
+    prompts: Iterable[tuple[str, int]] = (),
 ) -> pb.Start:
     """The message that begins a session. Raises SettingsError for values that no server would take."""
     if encoding not in ENCODINGS:
@@ -88,4 +113,5 @@ def start_of(
         policy=policy,
         linger_ms=round(linger * 1000),
         chunks=chunks,
+        prompts=known_ahead(prompts),
     )

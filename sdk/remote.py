@@ -13,7 +13,6 @@ ServiceError                a call failed (a SwiftVideoError); `code` is the gRP
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -24,7 +23,7 @@ from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
 from swiftvideo.runtime.geometry import Mode
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .messages import EncodingName, check_text, filled
+from .messages import EncodingName, check_text, filled, prompt_of
 from .protocol import MAX_PROMPTS
 
 SERVICE = "/swiftvideo.v1.GenerationService/"
@@ -188,7 +187,7 @@ class VideoState:
         """First chunk that was not received."""
         self.presented = -1
         self.paused = False
-        self.prompts: dict[str, pb.Prompt] = {}
+        self.prompts: dict[str, pb.Prompt] = {prompt.id: prompt for prompt in start.prompts}
         """Recent ones by id, in order."""
         self.rejected: dict[str, str] = {}
         """Why prompts were refused, by id."""
@@ -272,8 +271,7 @@ class VideoState:
 
     def ask(self, text: str, at_chunk: int) -> pb.GenerateRequest:
         """A new prompt. Raises SettingsError for one that cannot be sent."""
-        check_text("prompt", text)
-        prompt = filled(pb.Prompt, id=uuid.uuid4().hex, text=text, at_chunk=at_chunk)
+        prompt = prompt_of(text, at_chunk)
         self.prompts[prompt.id] = prompt
         while len(self.prompts) > MAX_PROMPTS:
             oldest = next(iter(self.prompts))
@@ -336,6 +334,13 @@ class VideoState:
                 grpc.StatusCode.DATA_LOSS,
             )
         assert self.started is not None
+        ahead = (prompt.id for prompt in self.start.prompts)
+        if chunk.index == 0 and any(id in self.prompts and id not in self.accepted for id in ahead):
+            raise RefusedError(
+                "the server has not heard the prompts that are known ahead: it is older than this client; say them "
+                "with the video's `prompt`",
+                grpc.StatusCode.UNIMPLEMENTED,
+            )
         self.next_chunk += 1
         geometry, encoding = self.started.geometry, self.started.encoding
         timings = chunk.timings

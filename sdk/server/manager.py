@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import grpc
 
-from swiftvideo.runtime import Pipeline, Session
-from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
-from swiftvideo.sdk.protocol import MAX_TEXT
+from swiftvideo.runtime import Pipeline, Prompt, Session
+from swiftvideo.runtime.errors import EngineError, PromptError, StoppedError, SwiftVideoError
+from swiftvideo.sdk.protocol import MAX_PROMPTS
 from swiftvideo.v1 import generation_pb2 as pb
 
 from . import payload, settings
@@ -23,8 +23,9 @@ from .admission import Admission
 from .config import ServerConfig
 from .engine import EngineThread, Job, Made
 from .metrics import Metrics
+from .outbox import Outbox
 from .recovery import Recovery
-from .session import Outbox, Packed, ServedSession, Terms
+from .session import Packed, ServedSession, Terms, check_id, too_long
 from .status import Refusal, invalid
 
 log = logging.getLogger(__name__)
@@ -104,24 +105,50 @@ class SessionManager:
         policy = settings.policy(message.policy, self.pipeline.settings)
         self._starting.append(client)
         try:
-            made = await self.read(
-                lambda: self.pipeline.session(message.prompt, message.seed, policy), Session.close
-            )
+            first = await self.read(lambda: self.pipeline.encode(message.prompt))
+            ahead = [await self._known_ahead(number, item) for number, item in enumerate(message.prompts)]
+            made = await self.read(lambda: self.pipeline.session(first, message.seed, policy), Session.close)
         finally:
             self._starting.remove(client)
         if self.draining:
             await self.read(made.close)
             self.check_open()
         session = self.adopt(made, secrets.token_hex(8), secrets.token_urlsafe(32), terms)
-        return session, self.attach(session, 0, peer)
+        for prompt, encoded in zip(message.prompts, ahead, strict=True):
+            session.know(prompt, encoded)
+        return session, self.attach(session, 0, peer, [prompt.id for prompt in message.prompts])
 
     def _terms(self, client: str, message: pb.Start) -> Terms:
         if not 1 <= message.credits <= self.config.max_credits:
             raise invalid(f"start.credits is {message.credits}: use 1 to {self.config.max_credits}")
-        if len(message.prompt.encode()) > MAX_TEXT:
-            raise invalid(f"the prompt has {len(message.prompt.encode())} bytes: use at most {MAX_TEXT}")
+        reason = too_long(message.prompt)
+        if reason is not None:
+            raise invalid(reason)
+        limit = min(MAX_PROMPTS, self.config.max_pending_prompts)
+        if len(message.prompts) > limit:
+            raise invalid(
+                f"start.prompts has {len(message.prompts)} entries: send the first {limit}, and the others as prompts "
+                "while the video plays"
+            )
+        ids: set[str] = set()
+        for number, prompt in enumerate(message.prompts):
+            check_id(prompt)
+            reason = too_long(prompt.text)
+            if prompt.id in ids:
+                reason = f"its id {prompt.id!r} is an earlier one's: give every prompt an id of its own"
+            if reason is not None:
+                raise invalid(f"start.prompts[{number}]: {reason}")
+            ids.add(prompt.id)
+            prompt.heard_chunk = 0  # a matter of reattaching only
         linger = min(message.linger_ms / 1000, self.config.max_linger)
         return Terms(client, message.credits, payload.checked(message.encoding), linger, message.chunks)
+
+    async def _known_ahead(self, number: int, prompt: pb.Prompt) -> Prompt:
+        """Read a prompt of a start. Raises Refusal, that says which one."""
+        try:
+            return await self.read(lambda: self.pipeline.encode(prompt.text))
+        except PromptError as error:
+            raise invalid(f"start.prompts[{number}]: {error}") from error
 
     def adopt(
         self, made: Session, id: str, token: str, terms: Terms, next_chunk: int = 0, asked: int = 1
@@ -151,10 +178,14 @@ class SessionManager:
         return session
 
     def attach(
-        self, session: ServedSession, next_chunk: int, peer: str, known: Sequence[str] | None = None
+        self,
+        session: ServedSession,
+        next_chunk: int,
+        peer: str,
+        known: Sequence[str],
+        resumed: bool = False,
     ) -> Outbox:
-        """Let a call take a session; `known`, where it had one before: ids of its prompts that were accepted."""
-        resumed = known is not None
+        """Let a call take a session, and hear that the prompts of the ids `known` are. resumed: it had one before."""
         outbox = Outbox()
         started = pb.Started(
             session_id=session.id,
@@ -167,7 +198,7 @@ class SessionManager:
             resumed=resumed,
         )
         outbox.put(pb.GenerateResponse(started=started).SerializeToString())
-        for id in known or ():  # before the chunks that were made with it
+        for id in known:  # before the chunks that were made with it
             outbox.put(session.acceptance(id).SerializeToString())
         session.attach(outbox, next_chunk)
         session.peer = peer

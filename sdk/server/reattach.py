@@ -10,7 +10,8 @@ import grpc
 from swiftvideo.sdk.protocol import MAX_PROMPTS
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .session import Outbox, ServedSession, check_id, token_hash
+from .outbox import Outbox
+from .session import ServedSession, check_id, token_hash
 from .status import Refusal, invalid
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ async def reattach(
         if session.over:
             raise Refusal(grpc.StatusCode.ABORTED, "the session ended while it was taken up: start a new one")
         known = [prompt.id for prompt in message.prompts if prompt.id in session.prompts]
-        outbox = manager.attach(session, message.next_chunk, peer, known)
+        outbox = manager.attach(session, message.next_chunk, peer, known, resumed=True)
         for prompt in message.prompts:
             if prompt.id not in session.prompts:  # refused: this says so
                 await manager.prompt(session, prompt)

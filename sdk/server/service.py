@@ -18,8 +18,9 @@ from . import payload, settings
 from .auth import Identity, TokenFile, identify
 from .first import first_message, malformed, only_message, parser, serialize
 from .manager import SessionManager
+from .outbox import Outbox
 from .reattach import reattach
-from .session import Outbox, ServedSession
+from .session import ServedSession
 from .status import Refusal, invalid, refusal, wrong_order
 from .tracing import Tracer
 

@@ -17,6 +17,7 @@ from swiftvideo.sdk.protocol import MAX_ID, MAX_TEXT
 from swiftvideo.v1 import generation_pb2 as pb
 
 from .engine import EngineThread, Job, Made
+from .outbox import Outbox
 from .payload import pack
 from .status import Refusal, invalid, refusal
 
@@ -24,65 +25,8 @@ log = logging.getLogger(__name__)
 
 KNOWN_PROMPTS = 1024
 """Ids of a session that are remembered, so that sending one again is harmless."""
-OUTBOX = 256
-"""Messages that may wait for a client; a client that is not reading is not read from beyond that."""
 STREAK = 3
 """So many late chunks make a notice."""
-
-
-class Outbox:
-    """Messages of one call, as bytes, and how the call ends."""
-
-    def __init__(self) -> None:
-        self.outcome: pb.Ended | Refusal | None = None
-        self.closed = False
-        self._messages: deque[bytes] = deque()
-        self._changed = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-
-    def put(self, message: bytes) -> None:
-        """Append a message; nothing after the end."""
-        if self.outcome is None:
-            self._messages.append(message)
-            if len(self._messages) >= OUTBOX:
-                self._room.clear()
-            self._changed.set()
-
-    def finish(self, outcome: pb.Ended | Refusal) -> None:
-        """End the call after what waits; a refusal does not wait."""
-        if self.outcome is None:
-            if isinstance(outcome, Refusal):
-                self._messages.clear()
-            else:
-                self._messages.append(pb.GenerateResponse(ended=outcome).SerializeToString())
-            self.outcome = outcome
-            self._room.set()
-            self._changed.set()
-
-    def close(self) -> None:
-        """The call has ended: nothing is sent any more, and nobody waits for room."""
-        self.closed = True
-        self._messages.clear()
-        self._room.set()
-        self._changed.set()
-
-    async def get(self) -> bytes | None:
-        """The next message; None after the last."""
-        while not self._messages:
-            if self.outcome is not None or self.closed:
-                return None
-            self._changed.clear()
-            await self._changed.wait()
-        message = self._messages.popleft()
-        self._room.set()
-        return message
-
-    async def room(self) -> None:
-        """Wait until the client has read."""
-        while len(self._messages) >= OUTBOX and self.outcome is None:
-            self._room.clear()
-            await self._room.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +79,12 @@ def check_id(prompt: pb.Prompt) -> None:
     """Raise Refusal where no prompt may have this id."""
     if not 0 < len(prompt.id.encode()) <= MAX_ID:
         raise invalid(f"a prompt's id has {len(prompt.id.encode())} bytes: use 1 to {MAX_ID}")
+
+
+def too_long(text: str) -> str | None:
+    """Why no prompt may have this text, or None."""
+    size = len(text.encode())
+    return f"the prompt has {size} bytes: use at most {MAX_TEXT}" if size > MAX_TEXT else None
 
 
 @dataclass(eq=False)
@@ -266,8 +216,9 @@ class ServedSession:
     def check_prompt(self, prompt: pb.Prompt) -> str | None:
         """Why a prompt is refused before anyone reads it, or None. Raises Refusal for an impossible id."""
         check_id(prompt)
-        if len(prompt.text.encode()) > MAX_TEXT:
-            return f"the prompt has {len(prompt.text.encode())} bytes: use at most {MAX_TEXT}"
+        reason = too_long(prompt.text)
+        if reason is not None:
+            return reason
         known = self.prompts.get(prompt.id)
         if known is not None and known.text != prompt.text:
             return (
@@ -281,9 +232,16 @@ class ServedSession:
         """Read a new prompt and queue it; in a worker thread. Raises PromptError."""
         encoded = self.encode(prompt.text)
         with self.naming:
-            number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, prompt.heard_chunk)
-            self.names[number] = prompt.id
-            loop.call_soon_threadsafe(self._accepted, prompt.id, Known(number, prompt.text, heard))
+            loop.call_soon_threadsafe(self._accepted, prompt.id, self._queued(prompt, encoded))
+
+    def know(self, prompt: pb.Prompt, encoded: Prompt) -> None:
+        """Queue a prompt of the start, which is heard before chunk 0."""
+        self._accepted(prompt.id, self._queued(prompt, encoded))
+
+    def _queued(self, prompt: pb.Prompt, encoded: Prompt) -> Known:
+        number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, prompt.heard_chunk)
+        self.names[number] = prompt.id
+        return Known(number, prompt.text, heard)
 
     def _accepted(self, id: str, known: Known) -> None:
         self.prompts[id] = known

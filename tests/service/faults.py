@@ -144,6 +144,11 @@ def sequence(rng: random.Random, length: int) -> list[pb.GenerateRequest]:
             window=pb.Window(min_size=rng.choice((0, 3, 7, 4_000_000_000))),
         )
 
+    def ahead() -> pb.Prompt:
+        return pb.Prompt(
+            id=f"{rng.randrange(9999)}", text=rng.choice(("w1", text())), at_chunk=rng.randrange(9)
+        )
+
     def begin() -> pb.GenerateRequest:
         return start(
             rng.choice(("w1 w2", text())),
@@ -153,6 +158,7 @@ def sequence(rng: random.Random, length: int) -> list[pb.GenerateRequest]:
             policy=policy() if rng.random() < 0.3 else None,
             linger_ms=rng.choice((0, 0, 5)),
             chunks=rng.choice((0, 1, 3)),
+            prompts=[ahead() for _ in range(rng.choice((1, 2, 3, 65)))] if rng.random() < 0.3 else (),
         )
 
     token = rng.choice(("", "x", "y" * 43))

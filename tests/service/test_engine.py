@@ -32,8 +32,8 @@ from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.engine import EngineThread, Job, Made
 from swiftvideo.sdk.server.manager import SessionManager
 from swiftvideo.sdk.server.metrics import Metrics
+from swiftvideo.sdk.server.outbox import Outbox
 from swiftvideo.sdk.server.server import Server
-from swiftvideo.sdk.server.session import Outbox
 from swiftvideo.sdk.server.status import TABLE, Refusal, refusal
 from swiftvideo.v1 import generation_pb2 as pb
 

@@ -68,7 +68,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., prompt_accepted: _Optional[_Union[PromptAccepted, _Mapping]] = ..., prompt_applied: _Optional[_Union[PromptApplied, _Mapping]] = ..., prompt_rejected: _Optional[_Union[PromptRejected, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("prompt", "seed", "credits", "encoding", "policy", "linger_ms", "chunks")
+    __slots__ = ("prompt", "seed", "credits", "encoding", "policy", "linger_ms", "chunks", "prompts")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class Start(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     LINGER_MS_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     credits: int
@@ -83,7 +84,8 @@ class Start(_message.Message):
     policy: PolicySettings
     linger_ms: int
     chunks: int
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., credits: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., policy: _Optional[_Union[PolicySettings, _Mapping]] = ..., linger_ms: _Optional[int] = ..., chunks: _Optional[int] = ...) -> None: ...
+    prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., credits: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., policy: _Optional[_Union[PolicySettings, _Mapping]] = ..., linger_ms: _Optional[int] = ..., chunks: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ...) -> None: ...
 
 class Reattach(_message.Message):
     __slots__ = ("resume_token", "next_chunk", "prompts")

@@ -1,4 +1,4 @@
-// A session with a prompt switch, from the .proto alone: node client.js ADDRESS PROTO_FOLDER OUT
+// A session with two prompt switches, one of them known ahead, from the .proto alone: node client.js ADDRESS PROTO_FOLDER OUT
 const fs = require("fs");
 const grpc = require("@grpc/grpc-js");
 const loader = require("@grpc/proto-loader");
@@ -28,4 +28,5 @@ call.on("status", (status) => {
   console.log(JSON.stringify({ code: status.code, seen }));
   client.close();
 });
-call.write({ start: { prompt: "w1 w2", seed: 5, credits: 1 } });
+const ahead = [{ id: "first", text: "w3 w4", atChunk: 3 }];
+call.write({ start: { prompt: "w1 w2", seed: 5, credits: 1, prompts: ahead } });
