@@ -58,11 +58,9 @@ def generate_on(
 
     @contextmanager
     def chunks() -> Iterator[Iterator[Item]]:
-        first = story.cues[0].prompt
-        # with one credit no chunk but the first, whose window is whole, is made before the prompts are heard
-        credits = 1 if len(shots) > 1 else 3
-        with client.generate(first, story.seed, credits=credits, policy=story.policy, chunks=count) as video:
-            yield _items(video, shots, clock.chunk)
+        first, ahead = story.cues[0].prompt, [_asked(shot, clock) for shot in shots[1 : 1 + AHEAD]]
+        with client.generate(first, story.seed, prompts=ahead, policy=story.policy, chunks=count) as video:
+            yield _items(video, shots, clock)
 
     report = Report(
         *(Path(out), geometry.width, geometry.height, geometry.fps, story.seed, story.policy, about.engine),
@@ -72,12 +70,17 @@ def generate_on(
     return record(chunks(), shots, report, contact_sheet, on_chunk)
 
 
-def _items(video: Video, shots: tuple[Shot, ...], length: int) -> Iterator[Item]:
-    """Chunks of `length` latent frames, each asked for after the prompts that a session here would know by then."""
-    ids, number = [""], 0
+def _asked(shot: Shot, clock: RemoteClock) -> tuple[str, int]:
+    """A prompt and its chunk."""
+    return shot.cue.prompt, shot.boundary // clock.chunk
+
+
+def _items(video: Video, shots: tuple[Shot, ...], clock: RemoteClock) -> Iterator[Item]:
+    """Chunks, which are never made before their next prompt is known: the server is ahead by fewer than `AHEAD`."""
+    ids, number = ["", *video.state.prompts], 0
     while True:
         for shot in shots[len(ids) : number + 1 + AHEAD]:
-            ids.append(video.prompt(shot.cue.prompt, shot.boundary // length))
+            ids.append(video.prompt(*_asked(shot, clock)))
         chunk = next(video, None)
         for id, reason in video.state.rejected.items():
             raise PromptError(f"prompt {shots[ids.index(id)].cue.prompt!r} was refused: {reason}")
