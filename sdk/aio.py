@@ -24,7 +24,7 @@ from swiftvideo.runtime.errors import ClosedError
 from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
-from .connection import metadata_of, open_channel
+from .connection import metadata_of, open_channel, running_loop
 from .messages import EncodingName, check_seconds, filled, start_of
 from .remote import (
     BACKOFF,
@@ -63,7 +63,8 @@ class Client:
         self.calls: set[_Call] = set()
         """Those that have not ended, of dropped videos too."""
         self.metadata = metadata_of(token)
-        self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key)
+        self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key, timeout)
+        self._loop = running_loop()
         self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
 
     def generate(

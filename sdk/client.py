@@ -76,7 +76,7 @@ class Client:
         self.calls: set[_Call] = set()
         """Those that have not ended, of dropped videos too."""
         self.metadata = metadata_of(token)
-        self._channel = open_channel(grpc, address, token, tls, root, certificate, key)
+        self._channel = open_channel(grpc, address, token, tls, root, certificate, key, timeout)
         self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
         self._lock = threading.Lock()
         """Held while a video is begun: `close` sees it, or it is refused."""

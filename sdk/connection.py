@@ -20,9 +20,11 @@ OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 10_000),  # a minute otherwise, and it counts for keepalive too
     ("grpc.client_idle_timeout_ms", 240_000),  # before the server, whose way to end it is a line on stderr
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+
+CONNECTING = 20.0
+"""Seconds that a connection may take at most, whatever the client's timeout: gRPC's own limit."""
 
 
 def metadata_of(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -48,8 +50,9 @@ def open_channel(
     root: str | Path | None,
     certificate: str | Path | None,
     key: str | Path | None,
+    timeout: float,
 ) -> Any:
-    """A channel of `module`, grpc or grpc.aio.
+    """A channel of `module`, grpc or grpc.aio, that may take `timeout` seconds to connect.
 
     Where `tls` is None it has TLS if a PEM file is given, or if the token would leave this machine.
 
@@ -67,15 +70,18 @@ def open_channel(
     files = (("root", root), ("key", key), ("certificate", certificate))
     data = [None if path is None else _pem(name, Path(path)) for name, path in files]
     if module is grpc.aio:
-        _check_loop()
+        running_loop()
+    # gRPC's name for the time that an attempt may take: it waits between attempts for as long as the backoffs say
+    options = (*OPTIONS, ("grpc.min_reconnect_backoff_ms", round(min(timeout, CONNECTING) * 1000)))
     if not tls:
-        return module.insecure_channel(address, OPTIONS)
-    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), OPTIONS)
+        return module.insecure_channel(address, options)
+    return module.secure_channel(address, grpc.ssl_channel_credentials(*data), options)
 
 
-def _check_loop() -> None:
+def running_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that runs here. Raises UsageError where none does."""
     try:
-        asyncio.get_running_loop()
+        return asyncio.get_running_loop()
     except RuntimeError as error:
         raise UsageError(
             "no event loop runs here, and an asynchronous client belongs to one: make it in an `async def`"
