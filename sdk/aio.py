@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from swiftvideo.runtime.errors import ClosedError
+from swiftvideo.runtime.errors import ClosedError, UsageError
 from swiftvideo.runtime.geometry import Policy
 from swiftvideo.v1 import generation_pb2 as pb
 
@@ -42,7 +42,8 @@ from .remote import (
 class Client:
     """A connection to a server; arguments and errors as those of `swiftvideo.sdk.client.Client`.
 
-    It belongs to the event loop that it is made in. Raises UsageError where none runs.
+    It belongs to the event loop that it is made in, with its videos. Raises UsageError where none runs, and in another
+    one.
     """
 
     def __init__(
@@ -135,15 +136,24 @@ class Client:
         return call(requests, metadata=self.metadata)
 
     def check_open(self) -> None:
-        """Raises ClosedError after `close`."""
+        """Raises ClosedError after `close`, and as `check_loop`."""
         if self.closed:
             raise ClosedError(f"the client of {self.address} was closed: make another one")
+        self.check_loop()
+
+    def check_loop(self) -> None:
+        """Raises UsageError in another event loop, whose waits nothing would end."""
+        if running_loop() is not self._loop:
+            raise UsageError(
+                f"the client of {self.address} was made in another event loop: make one in each, and use it there alone"
+            )
 
     async def close(self) -> None:
         """End the sessions of all videos, as `Video.close`, and close the connection; twice is fine.
 
         Where no server answers it takes two seconds at most.
         """
+        self.check_loop()
         self.closed = True
         calls = list(self.calls)
         for call in calls:
@@ -346,6 +356,7 @@ class Video:
 
         Where no server answers it takes two seconds at most.
         """
+        self._client.check_loop()
         self._closed = True
         if self._closing is None:
             self._closing = asyncio.create_task(self._stop())
