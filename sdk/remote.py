@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import grpc
@@ -151,7 +151,7 @@ class RemoteChunk:
     first_frame: int
     """First video frame."""
     frame_count: int
-    payloads: Sequence[bytes]
+    payloads: Sequence[bytes] = field(repr=False)
     """As the encoding says: raw and h264 one, jpeg one per frame."""
     width: int
     height: int
@@ -351,7 +351,9 @@ class VideoState:
             index=chunk.index,
             first_frame=chunk.first_frame,
             frame_count=chunk.frame_count,
-            payloads=chunk.payloads,
+            payloads=tuple(
+                chunk.payloads
+            ),  # protobuf's container copies at every look, and cannot be pickled
             width=geometry.width,
             height=geometry.height,
             encoding=NAMES[encoding],
