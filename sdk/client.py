@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,7 @@ from .remote import (
     SERVICE,
     RemoteChunk,
     ServiceError,
+    UnavailableError,
     VideoState,
     error_from,
     late,
@@ -200,18 +201,25 @@ class _Call:
         self._inbox: queue.SimpleQueue[pb.GenerateResponse | None] = queue.SimpleQueue()
         for message in opening:
             self.send(message)
-        self._call = client.open(iter(self._requests.get, None))
+        self._call: Any = None
+        self._cancelled = False
+        self._reader = threading.Thread(target=self._read, args=(client.open,), daemon=True)
         self._running = client.calls
         self._running.add(self)
-        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
+    def _read(self, make: Callable[[Iterator[pb.GenerateRequest]], Any]) -> None:
+        """Make the call and read it. Ctrl-C never comes here: a channel with a call that is half made never closes."""
         try:
+            self._call = make(iter(self._requests.get, None))
+            if self._cancelled:
+                self._call.cancel()
             for message in self._call:
                 self._inbox.put(message)
         except grpc.RpcError as failure:
             self.error = error_from(failure)
+        except ValueError as failure:  # of a channel that is closed
+            self.error = UnavailableError(str(failure), grpc.StatusCode.UNAVAILABLE)
         finally:
             self._inbox.put(None)
             self._requests.put(None)  # ends the thread that gRPC writes in
@@ -237,11 +245,14 @@ class _Call:
 
     def join(self, seconds: float) -> None:
         """Wait for the call's end."""
-        self._reader.join(max(0.0, seconds))
+        if self._reader.is_alive():  # Ctrl-C may have come before it was started
+            self._reader.join(max(0.0, seconds))
 
     def cancel(self) -> None:
         """End the call without a word."""
-        self._call.cancel()
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
 
 
 class Video:
