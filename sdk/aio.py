@@ -65,7 +65,7 @@ class Client:
         """Those that have not ended, of dropped videos too."""
         self.metadata = metadata_of(token)
         self._channel = open_channel(grpc.aio, address, token, tls, root, certificate, key, timeout)
-        self._loop = running_loop()
+        self.loop = running_loop()
         self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
 
     def generate(
@@ -143,7 +143,7 @@ class Client:
 
     def check_loop(self) -> None:
         """Raises UsageError in another event loop, whose waits nothing would end."""
-        if running_loop() is not self._loop:
+        if running_loop() is not self.loop:
             raise UsageError(
                 f"the client of {self.address} was made in another event loop: make one in each, and use it there alone"
             )
@@ -379,9 +379,9 @@ class Video:
         self._call.cancel()
 
     def __del__(self) -> None:
-        if self._call is not None:
-            with contextlib.suppress(RuntimeError):  # the loop may be closed
-                self._call.stop()  # its reader does not hold the video: nobody will ask for another chunk
+        if self._call is not None:  # its reader does not hold the video: nobody will ask for another chunk
+            with contextlib.suppress(RuntimeError):  # the loop may be closed; any thread may collect garbage
+                self._client.loop.call_soon_threadsafe(self._call.stop)
 
     async def __aenter__(self) -> Video:
         return self

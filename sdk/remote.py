@@ -351,9 +351,7 @@ class VideoState:
             index=chunk.index,
             first_frame=chunk.first_frame,
             frame_count=chunk.frame_count,
-            payloads=tuple(
-                chunk.payloads
-            ),  # protobuf's container copies at every look, and cannot be pickled
+            payloads=tuple(chunk.payloads),  # protobuf's container copies at every look
             width=geometry.width,
             height=geometry.height,
             encoding=NAMES[encoding],

@@ -86,6 +86,22 @@ def test_a_client_whose_event_loop_is_over_says_so(server: ServerProcess) -> Non
         asyncio.run(use(asyncio.run(open_one())))
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_video_that_is_dropped_by_another_thread_ends(server: ServerProcess, debug: bool) -> None:
+    """Any thread may collect the garbage that a video is part of. The event loop has nothing else to do then."""
+
+    async def run() -> None:
+        async with aio.Client(server.address) as client:
+            held = [client.generate("w1", credits=1)]
+            assert (await anext(held[0])).index == 0
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(held.clear)
+            left = await asyncio.to_thread(server.idle, 5)
+            assert left["sessions"] == 0
+
+    asyncio.run(asyncio.wait_for(run(), 60), debug=debug)
+
+
 @pytest.fixture
 def far(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a server that takes its time to say the first word."""
