@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -263,13 +264,17 @@ class TorchSession:
         return [cache.clone(memory_format=self.engine.cache_format) for cache in caches] or None
 
     def export_state(self) -> dict[str, NDArray[Any]]:
-        """See `EngineSession.export_state`; floats go out as float32, which holds every weight dtype exactly."""
-        state = {"cache_k": array(self.cache_k), "cache_v": array(self.cache_v)}
+        """See `EngineSession.export_state`."""
+        kept = {"cache_k": self.cache_k, "cache_v": self.cache_v}
         if self.sink_k is not None:
-            state["sink_k"] = array(self.sink_k)
-        for index, cache in enumerate(self.vae_caches or ()):
-            state[f"vae_cache_{index}"] = array(cache)
-        return state
+            kept["sink_k"] = self.sink_k
+        kept |= {f"vae_cache_{index}": cache for index, cache in enumerate(self.vae_caches or ())}
+        with memory_for("a copy of a session"):
+            return {name: bits(self.fetched(value)) for name, value in kept.items()}
+
+    def fetched(self, value: Tensor) -> Tensor:
+        """A contiguous copy on the host, for those that fetch it otherwise."""
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
     def import_state(self, state: dict[str, NDArray[Any]]) -> None:
         """See `EngineSession.import_state`."""
@@ -280,7 +285,13 @@ class TorchSession:
         caches = {f"vae_cache_{index}": shape for index, shape in enumerate(vae)}
         sink = {"sink_k": (layers, batch, end - first, *heads)}
         check_state(state, {"cache_k": shape, "cache_v": shape}, sink, caches)
-        dtype, tensor = self.cache_k.dtype, self.engine.tensor
+        dtype = self.cache_k.dtype
+
+        def tensor(value: NDArray[Any]) -> Tensor:
+            if value.dtype == np.uint16:
+                return self.engine.tensor(value.view(np.int16)).view(torch.bfloat16)
+            return self.engine.tensor(value)
+
         self.cache_k.copy_(tensor(state["cache_k"]))  # in place: captured graphs know where they lie
         self.cache_v.copy_(tensor(state["cache_v"]))
         self.sink_k = tensor(state["sink_k"]).to(dtype) if "sink_k" in state else None
@@ -330,6 +341,13 @@ def array(value: Tensor) -> Float32:
     """A tensor as a float32 array of its own."""
     copied: Float32 = value.detach().float().cpu().clone().numpy()
     return copied
+
+
+def bits(value: Tensor) -> NDArray[Any]:
+    """A contiguous tensor of the host as an array, without a copy; bfloat16 as uint16."""
+    narrow = value.dtype == torch.bfloat16
+    found: NDArray[Any] = value.view(torch.int16).numpy().view(np.uint16) if narrow else value.numpy()
+    return found
 
 
 def _there(value: Tensor | None, closed: bool) -> Tensor:

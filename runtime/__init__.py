@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .manifest import Manifest as Manifest
     from .pipeline import Pipeline as Pipeline, load as load
     from .session import Chunk as Chunk, Session as Session
+    from .snapshot import Snapshot as Snapshot
 
 _HOMES = {
     "engine": ("Engine", "EngineSession", "Prompt"),
@@ -66,6 +67,7 @@ _HOMES = {
     "manifest": ("Manifest",),
     "pipeline": ("Pipeline", "load"),
     "session": ("Chunk", "Session"),
+    "snapshot": ("Snapshot",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -90,7 +90,11 @@ class EngineSession(Protocol):
         """Video of the next latents [B,F,C,h,w] of the stream; the stream's first latent frame gives one frame."""
 
     def export_state(self) -> dict[str, NDArray[Any]]:
-        """All arrays that a later `import_state` needs, by name."""
+        """All arrays that a later `import_state` needs, by name: copies, or what no later call changes.
+
+        float32, float16, or uint16 for the bits of bfloat16, which numpy does not have: as the engine keeps them, for
+        they may be gigabytes. Raises OutOfMemoryError where there is no room for them.
+        """
 
     def import_state(self, state: dict[str, NDArray[Any]]) -> None:
         """Take the arrays of an `export_state` of an equal engine.

@@ -1,4 +1,4 @@
-"""A session in a file: its arrays, and the rest as JSON (see tensorfile.py).
+"""A session at one moment, and in a file: its arrays, and the rest as JSON (see tensorfile.py).
 
 A restored session continues byte for byte, on the same engine, kind of processor and number of threads; with others,
 a frame's values may differ by one. Prompts are saved as text and encoded again.
@@ -30,9 +30,9 @@ from .rollout import Pending, Rollout
 FORMAT = "swiftvideo-session-2"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """What a file holds."""
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Snapshot:
+    """All of a session between two chunks, in host memory. Made by `Session.snapshot`; nothing changes it any more."""
 
     model: str
     """`Manifest.fingerprint` of the bundle."""
@@ -43,22 +43,44 @@ class Saved:
     number: int
     """Of the running prompt."""
     asked: int
+    """Prompts so far, the first included."""
     index: int
+    """Chunks made."""
     segment: int
     pending: list[tuple[int, int, str]]
     """Frame, number and text of each prompt that waits."""
     memory: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, and of a file but for a few kilobytes."""
+        return sum(value.nbytes for value in self.arrays.values())
 
-def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings, model: str) -> None:
-    """Write a rollout between two chunks, replacing a file of that name in one step; links are followed.
+    def save(self, path: str | Path) -> None:
+        """Write a file that `Pipeline.restore` takes; see `Session.save`. Any thread may, also once the session is
+        closed: others go on meanwhile.
 
-    Raises UsageError where a prompt has no text (it was made from embeddings and could not be encoded again), or where
-    the file cannot be written.
+        Raises UsageError where the file cannot be written, or where `path` is a folder, a pipe or a device.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"path is {path!r}: the name of a file is needed")
+        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        arrays = plain.pop("arrays")
+        plain["settings"] = dataclasses.asdict(self.settings)
+        try:
+            tensorfile.write(target(path), FORMAT, json.dumps(plain), arrays)
+        except UsageError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
+
+
+def take(rollout: Rollout, seed: int, settings: PolicySettings, model: str) -> Snapshot:
+    """What a rollout is between two chunks.
+
+    Raises UsageError where a prompt has no text: it was made from embeddings and could not be encoded again.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UsageError(f"path is {path!r}: the name of a file is needed")
     asked, pending = rollout.waiting()
     for prompt in (rollout.prompt, *(item.prompt for item in pending)):
         if not prompt.text:
@@ -66,31 +88,26 @@ def save(path: str | Path, rollout: Rollout, seed: int, settings: PolicySettings
                 "a prompt of this session was made from embeddings: only prompts with a text can be saved"
             )
     memory, arrays = rollout.memory.export_state()
-    plain = {
-        "model": model,
-        "seed": seed,
-        "settings": dataclasses.asdict(settings),
-        "prompt": rollout.prompt.text,
-        "number": rollout.number,
-        "asked": asked,
-        "index": rollout.index,
-        "segment": rollout.segment,
-        "pending": [(item.frame, item.number, item.prompt.text) for item in pending],
-        "memory": memory,
-    }
     tensors = {f"memory/{name}": value for name, value in arrays.items()}
     tensors |= {f"engine/{name}": value for name, value in rollout.tensors.export_state().items()}
     tensors["emitted"] = rollout.emitted
-    try:
-        tensorfile.write(target(path), FORMAT, json.dumps(plain), tensors)
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written ({error}): choose another place") from error
+    return Snapshot(
+        model=model,
+        seed=seed,
+        settings=settings,
+        prompt=rollout.prompt.text,
+        number=rollout.number,
+        asked=asked,
+        index=rollout.index,
+        segment=rollout.segment,
+        pending=[(item.frame, item.number, item.prompt.text) for item in pending],
+        memory=memory,
+        arrays=tensors,
+    )
 
 
-def read(path: str | Path) -> Saved:
-    """What `save` wrote. Raises UsageError where the file is no saved session."""
+def read(path: str | Path) -> Snapshot:
+    """What `Snapshot.save` wrote. Raises UsageError where the file is no saved session."""
     text, arrays = tensorfile.read(path, FORMAT)
     try:
         plain: dict[str, Any] = json.loads(text)
@@ -101,7 +118,7 @@ def read(path: str | Path) -> Saved:
         for name in ("number", "asked", "index", "segment"):
             plain[name] = index(plain[name])
         plain["seed"] = checked_seed(plain["seed"])
-        saved = Saved(**plain, arrays=arrays)
+        saved = Snapshot(**plain, arrays=arrays)
         counts = saved.number, saved.asked, saved.index, saved.segment
         if min(counts) < 0 or max(counts) >= 1 << 62 or saved.number >= saved.asked:
             raise ValueError(f"number, asked, index and segment are {counts}")
@@ -110,7 +127,7 @@ def read(path: str | Path) -> Saved:
         raise UsageError(f"{path} is no saved session ({error}): save it again") from error
 
 
-def put(rollout: Rollout, saved: Saved, encode: Callable[[str | Prompt], Prompt]) -> None:
+def put(rollout: Rollout, saved: Snapshot, encode: Callable[[str | Prompt], Prompt]) -> None:
     """Bring a new rollout of the same model and settings into the saved state.
 
     Raises UsageError, PromptError or IntegrityError where it does not fit; the rollout is of no use then.

@@ -6,6 +6,8 @@ Everything goes through a `driver`, the module cuda.bindings.driver or what stan
 from __future__ import annotations
 
 import ctypes
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 
 from swiftvideo.runtime.errors import EngineError, EngineUnavailableError, OutOfMemoryError
 from swiftvideo.runtime.plugins.launch import check, cuda_driver
+
+from .state import widened
 
 Array = NDArray[Any]
 
@@ -165,6 +169,52 @@ class Pinned:
             self.address = 0
 
 
+class PinnedPool:
+    """Page-locked arrays that live on after what made them. To lock memory takes many times what a copy does, so what
+    they leave is kept for the next ones. Any thread may drop an array.
+
+    context: of the GPU, as the driver knows it.
+    """
+
+    def __init__(self, driver: Any, context: Any) -> None:
+        self._driver, self._context = driver, context
+        self._lock = threading.Lock()
+        self._idle: list[Pinned] = []
+        self._closed = False
+
+    def take(self, size: int) -> tuple[int, Array]:
+        """Address and bytes of an array; both are the caller's until the array and all views of it are gone."""
+        with self._lock:
+            fitting = [block for block in self._idle if block.size >= size]
+            block = min(fitting, key=lambda block: block.size, default=None)
+            if block is not None:
+                self._idle.remove(block)
+        block = block or Pinned(self._driver, size)
+        memory = (ctypes.c_uint8 * size).from_address(block.address)
+        weakref.finalize(memory, self._back, block).atexit = False
+        return block.address, np.frombuffer(memoryview(memory), np.uint8)
+
+    def _back(self, block: Pinned) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(block)
+                return
+        driver = self._driver
+        check(driver, driver.cuCtxPushCurrent(self._context), "freeing pinned memory")
+        try:
+            block.close()
+        finally:
+            check(driver, driver.cuCtxPopCurrent(), "freeing pinned memory")
+
+    def close(self) -> None:
+        """Free what is idle, and the rest when it is dropped."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for block in idle:
+            block.close()
+
+
 _NUMPY = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -180,6 +230,10 @@ def to_bits(value: Array, dtype: str) -> Array:
 
 def from_bits(raw: Array, dtype: str) -> Array:
     """The array in `raw` bytes; bf16 as float32."""
-    if dtype != "bf16":
-        return raw.view(_NUMPY[dtype])
-    return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    found = as_kept(raw, dtype)
+    return widened(found) if dtype == "bf16" else found
+
+
+def as_kept(raw: Array, dtype: str) -> Array:
+    """The array in `raw` bytes, without a copy; bf16 as uint16."""
+    return raw.view(np.uint16 if dtype == "bf16" else _NUMPY[dtype])

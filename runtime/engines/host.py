@@ -15,7 +15,7 @@ from swiftvideo.runtime.engine import Float32, Float64, Int32
 from swiftvideo.runtime.errors import OutOfMemoryError
 from swiftvideo.runtime.geometry import Geometry
 
-from .state import Shape, check_state
+from .state import Shape, check_state, floats
 
 Array = NDArray[Any]
 
@@ -74,7 +74,7 @@ class HostCache:
         self._memory = geometry.memory_rows
         self._sink = slice(self._memory, self._memory + geometry.sink * geometry.frame_tokens)
         self._sink_k: Array | None = None
-        """Committed K of the sink, while `k` holds placed ones."""
+        """Committed K of the sink, while `k` holds placed ones; never changed, only replaced."""
 
     def commit(self, ranges: Int32, fresh_k: Array, fresh_v: Array) -> None:
         """Copy rows: ranges [n,3] of (fresh start, row start, length); fresh [L,B,F*P,n,d]."""
@@ -101,10 +101,12 @@ class HostCache:
         _rotate(self.v[:, :, : self._memory], self.k[:, :, : self._memory], cos, sin)
 
     def export_state(self) -> dict[str, Array]:
-        """Copies of all arrays."""
-        state = {"cache_k": self.k.copy(), "cache_v": self.v.copy()}
+        """All arrays: copies of those that change."""
+        both = zeros((2, *self.k.shape), self.k.dtype, "a copy of a session")
+        both[0], both[1] = self.k, self.v
+        state = {"cache_k": both[0], "cache_v": both[1]}
         if self._sink_k is not None:
-            state["sink_k"] = self._sink_k.copy()
+            state["sink_k"] = self._sink_k
         return state
 
     def import_state(self, state: dict[str, Array], others: Mapping[str, Shape]) -> None:
@@ -115,8 +117,8 @@ class HostCache:
         sink = state.get("sink_k")
         shapes = {"cache_k": self.k.shape, "cache_v": self.v.shape}
         check_state(state, shapes, {"sink_k": self.k[:, :, self._sink].shape}, others)
-        self.k[...], self.v[...] = state["cache_k"], state["cache_v"]
-        self._sink_k = None if sink is None else sink.astype(self.k.dtype)
+        self.k[...], self.v[...] = floats(state["cache_k"]), floats(state["cache_v"])
+        self._sink_k = None if sink is None else floats(sink).astype(self.k.dtype)
 
 
 def _rotate(source: Array, target: Array, cos: Float64, sin: Float64) -> None:

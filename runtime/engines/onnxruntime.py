@@ -26,6 +26,7 @@ from swiftvideo.runtime.manifest import GRAPHS, Manifest
 
 from .host import HostCache, usable_cores
 from .ort import onnxruntime as ort
+from .state import floats
 
 Array = NDArray[Any]
 
@@ -233,7 +234,9 @@ class OnnxRuntimeSession:
         # The one axis that is no number is the batch.
         shapes = {i.name: tuple(n if isinstance(n, int) else self._batch for n in i.shape) for i in inputs}
         self._open().import_state(state, shapes)
-        self._vae = [state[i.name].astype(ORT_DTYPES[i.type]) for i in inputs if i.name in state] or None
+        self._vae = [
+            floats(state[i.name]).astype(ORT_DTYPES[i.type]) for i in inputs if i.name in state
+        ] or None
 
     def close(self) -> None:
         """See `EngineSession.close`."""

@@ -31,7 +31,7 @@ from swiftvideo.runtime.plugins.launch import check, cuda_driver
 from swiftvideo.runtime.plugins.plans import PlanInfo, choose_plans, plans_of
 from swiftvideo.runtime.plugins.tensorrt import last_failure, register
 
-from .cuda import Arena, Gpu, Pinned, find_gpus, to_bits
+from .cuda import Arena, Gpu, Pinned, PinnedPool, find_gpus, to_bits
 from .tensorrt_session import TensorRTSession
 from .tensorrt_texts import Texts
 
@@ -153,6 +153,8 @@ class TensorRTEngine:
         self.networks = {graph: self._open(manifest, plan) for graph, plan in plans.items()}
         self.vae_caches = [name for name in self.inputs("decode") if name != "latents"]
         self._texts = Texts(self)
+        self.pinned = PinnedPool(driver, self.context_handle)
+        """For copies of sessions."""
 
     def encode(self, ids: Int64, mask: Int64, text: str) -> Prompt:
         """See `Engine.encode`."""
@@ -207,6 +209,7 @@ class TensorRTEngine:
             self._closed = True
             self.enter()
             self._texts.close()  # waits for a prompt that is being made
+            self.pinned.close()
             self.networks = {}
 
     def enter(self) -> None:

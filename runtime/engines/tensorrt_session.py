@@ -19,8 +19,8 @@ from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.launch import Launcher, check
 
 from .capturing import uncollected
-from .cuda import Arena, Pinned, to_bits
-from .state import Shape, check_state
+from .cuda import Arena, Pinned, as_kept, layout, to_bits
+from .state import Shape, check_state, floats
 
 if TYPE_CHECKING:
     from .tensorrt import TensorRTEngine
@@ -179,11 +179,22 @@ class TensorRTSession:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
     def export_state(self) -> dict[str, Array]:
-        """See `EngineSession.export_state`; bfloat16 goes out as float32, which holds it exactly."""
-        arena = self._open()
-        names = ["cache_k", "cache_v", *(["sink_k"] if self._sink_saved else [])]
-        names += self._engine.vae_caches if self._started else []
-        return {name: self._all(name) for name in names if name in arena.tensors}
+        """See `EngineSession.export_state`."""
+        arena, driver, caches = self._open(), self._driver, self._engine.vae_caches
+        self._wait()
+        names = ("cache_k", "cache_v", "sink_k", *caches)
+        # Room for all of them, also where some are left out: so the memory of one copy is as large as the next one's.
+        offsets, size = layout({name: arena.tensors[name] for name in names})
+        address, memory = self._engine.pinned.take(size)
+        state = {}
+        for name in names:
+            if self._sink_saved if name == "sink_k" else self._started or name not in caches:
+                (shape, dtype), at, size = arena.tensors[name], offsets[name], arena.bytes_of(name)
+                code = driver.cuMemcpyDtoHAsync(address + at, arena[name], size, self._stream)
+                check(driver, code, f"copying {name}")
+                state[name] = as_kept(memory[at : at + size], dtype).reshape(shape)
+        check(driver, driver.cuStreamSynchronize(self._stream), "copying a session")
+        return state
 
     def import_state(self, state: dict[str, Array]) -> None:
         """See `EngineSession.import_state`."""
@@ -192,6 +203,7 @@ class TensorRTSession:
             {n: arena.tensors[n][0] for n in names} for names in (["cache_k", "cache_v"], ["sink_k"], caches)
         ]
         check_state(state, *groups)
+        self._wait()
         for name, value in state.items():
             self._upload_all(name, value)
         self._sink_saved, self._started = "sink_k" in state, not state.keys().isdisjoint(caches)
@@ -361,28 +373,23 @@ class TensorRTSession:
         check(driver, driver.cuStreamSynchronize(stream), f"computing {name}")
         return self._back.take(shape, dtype)
 
-    def _all(self, name: str) -> Array:
-        """A whole tensor, however large, through a buffer made for it."""
-        return self._whole(name, lambda _: None, self._driver.cuMemcpyDtoHAsync, out=True)
-
     def _upload_all(self, name: str, value: Array) -> None:
-        """Set a whole tensor, however large."""
-        bits = to_bits(value, self._open().tensors[name][1])
-        self._whole(name, lambda buffer: buffer.put(bits), self._driver.cuMemcpyHtoDAsync, out=False)
-
-    def _whole(self, name: str, fill: Callable[[Pinned], Any], copy: Any, out: bool) -> Array:
+        """Set a whole tensor, however large, through a buffer made for it."""
         arena, driver = self._open(), self._driver
-        for stream in (self._stream, self._decoding):
-            check(driver, driver.cuStreamSynchronize(stream), "waiting for the session")
-        buffer = Pinned(driver, arena.bytes_of(name))
+        dtype, size = arena.tensors[name][1], arena.bytes_of(name)
+        kept = dtype == "bf16" and value.dtype == np.uint16
+        buffer = Pinned(driver, size)
         try:
-            fill(buffer)
-            ends = (buffer.address, arena[name]) if out else (arena[name], buffer.address)
-            check(driver, copy(*ends, arena.bytes_of(name), self._stream), f"copying {name}")
+            buffer.put(value if kept else to_bits(floats(value), dtype))
+            code = driver.cuMemcpyHtoDAsync(arena[name], buffer.address, size, self._stream)
+            check(driver, code, f"copying {name}")
             check(driver, driver.cuStreamSynchronize(self._stream), f"copying {name}")
-            return buffer.take(*arena.tensors[name]) if out else np.empty(0)
         finally:
             buffer.close()
+
+    def _wait(self) -> None:
+        for stream in (self._stream, self._decoding):
+            check(self._driver, self._driver.cuStreamSynchronize(stream), "waiting for the session")
 
     def _row_bytes(self) -> int:
         g = self._engine.geometry

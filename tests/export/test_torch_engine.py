@@ -12,6 +12,7 @@ from swiftvideo.export.restore import engine_of
 from swiftvideo.export.torch_engine import TorchEngine
 from swiftvideo.runtime import Manifest, UsageError
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from swiftvideo.runtime.engines.state import floats
 from tests.gpu.plans import POLICIES, compare, rollouts
 
 State = dict[str, np.ndarray[Any, Any]]
@@ -59,6 +60,51 @@ def test_a_state_moves_to_another_session(
         for key, value in found.items():
             assert value.dtype == np.float32
             np.testing.assert_array_equal(value, given[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_is_as_large_as_what_the_engine_keeps_and_none_of_it_changes(
+    manifest: Manifest, dtype: torch.dtype
+) -> None:
+    engine = engine_of(manifest, torch.device("cpu"))
+    engine.model.to(dtype)
+    assert engine.decoder is not None
+    engine.decoder.to(dtype)
+    session, other = engine.open(), engine.open()
+    g = manifest.geometry
+    latents = np.random.default_rng(0).standard_normal(
+        (2, 1, g.chunk, g.latent_channels, g.latent_height, g.latent_width), np.float32
+    )
+    numbers = torch.from_numpy(np.random.default_rng(1).standard_normal(session.cache_k.shape, np.float32))
+    session.cache_k.copy_(numbers)
+    turn = np.cos([0.5] * g.time_pairs), np.sin([0.5] * g.time_pairs)
+    session.place_sink(*turn)
+    session.decode(latents[0])
+    state = session.export_state()
+    held = {name: value.copy() for name, value in state.items()}
+    wanted = np.uint16 if dtype is torch.bfloat16 else np.float16
+    assert {value.dtype for value in state.values()} == {np.dtype(wanted)}
+    assert state["cache_k"].nbytes == session.cache_k.nbytes and "sink_k" in state and "vae_cache_0" in state
+    np.testing.assert_array_equal(floats(state["cache_k"]), session.cache_k.float().numpy())
+    other.import_state(state)
+    torch.testing.assert_close(other.cache_k, session.cache_k, rtol=0, atol=0)
+    np.testing.assert_array_equal(other.decode(latents[1]), session.decode(latents[1]))
+    session.write_memory(0, np.ones((g.layers, 1, 2, g.heads, g.head_dim), np.float32))
+    session.place_sink(*turn)
+    session.cache_v.fill_(3)
+    for name, value in held.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+def test_bfloat16_of_a_state_are_numbers_to_an_engine_without_them(manifest: Manifest, state: State) -> None:
+    narrow = {
+        name: torch.from_numpy(value).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        for name, value in state.items()
+    }
+    session = OnnxRuntimeEngine(manifest, threads=1).open()
+    session.import_state(narrow)
+    for name, value in session.export_state().items():
+        np.testing.assert_allclose(value, state[name], rtol=2**-8, err_msg=name)
 
 
 CHANGES: dict[str, Callable[[State], Any]] = {

@@ -16,7 +16,7 @@ RUNTIME = [
     "AnchorSettings", "BridgeSettings", "BundleError", "BundleIntegrityError", "BundleMissingError",
     "BundleVersionError", "Chunk", "ClosedError", "Engine", "EngineError", "EngineSession", "EngineUnavailableError",
     "Geometry", "IntegrityError", "Manifest", "OutOfMemoryError", "Pipeline", "PolicySettings", "Prompt", "PromptError",
-    "Session", "SettingsError", "StoppedError", "SwiftVideoError", "UsageError", "WindowSettings", "load",
+    "Session", "SettingsError", "Snapshot", "StoppedError", "SwiftVideoError", "UsageError", "WindowSettings", "load",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from swiftvideo.runtime import (
     IntegrityError,
     Manifest,
+    OutOfMemoryError,
     Pipeline,
     PolicySettings,
     Session,
@@ -20,6 +22,7 @@ from swiftvideo.runtime import (
     load,
     tensorfile,
 )
+from swiftvideo.runtime.engines import host
 from swiftvideo.runtime.snapshot import FORMAT
 from tests.runtime.watch import turned
 
@@ -91,6 +94,76 @@ def test_saving_changes_nothing(pipeline: Pipeline, texts: tuple[str, ...], tmp_
         for _ in range(2):
             one.save(tmp_path / "x")
             np.testing.assert_array_equal(next(one).frames, next(two).frames)
+
+
+def test_a_snapshot_is_of_its_moment_however_late_and_by_whom_it_is_written(
+    pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pipeline.session(texts[0], 7, SETTINGS) as session:
+        advance(session, 3)
+        session.prompt(texts[1])
+        advance(session, 2)
+        session.prompt(texts[2])
+        session.save(tmp_path / "then")
+        state = session.snapshot()
+        held = {name: value.copy() for name, value in state.arrays.items()}
+        go_on, errors = threading.Event(), []
+
+        def write() -> None:
+            try:
+                assert go_on.wait(60)
+                state.save(tmp_path / "later")
+            except BaseException as error:  # noqa: BLE001 - shown below
+                errors.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        advance(session, 7)
+    go_on.set()
+    writer.join(60)
+    assert not errors and "engine/sink_k" in held and "memory/bridge" in held
+    for name, value in held.items():
+        np.testing.assert_array_equal(state.arrays[name], value, err_msg=name)
+    assert (tmp_path / "later").read_bytes() == (tmp_path / "then").read_bytes()
+    assert (state.index, state.asked) == (5, 3)
+    assert 0 < (tmp_path / "then").stat().st_size - state.nbytes < 10_000
+
+
+def test_chunks_are_made_while_a_session_is_saved(
+    pipeline: Pipeline, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    replace = tensorfile.replace
+
+    def slow(*arguments: Any) -> None:
+        reached.set()
+        assert go_on.wait(60)
+        replace(*arguments)
+
+    monkeypatch.setattr(tensorfile, "replace", slow)
+    with pipeline.session(texts[0]) as session:
+        advance(session, 1)
+        writer = threading.Thread(target=session.save, args=(tmp_path / "x",))
+        writer.start()
+        assert reached.wait(60)
+        second = next(session)
+    go_on.set()
+    writer.join(60)
+    with pipeline.restore(tmp_path / "x") as again:
+        np.testing.assert_array_equal(next(again).frames, second.frames)
+
+
+def test_a_copy_that_does_not_fit_costs_nothing_else(
+    pipeline: Pipeline, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipeline.session(texts[0]) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "available_memory", lambda: 1000)
+            with pytest.raises(
+                OutOfMemoryError, match=r"a copy of a session needs \d+ MiB and 0 MiB are free"
+            ):
+                session.snapshot()
+        assert next(session).index == 0 and session.snapshot().index == 1
 
 
 def test_the_model_must_be_the_same(saved: Path, tiny_bundle: Path, tmp_path: Path) -> None:

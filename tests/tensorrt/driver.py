@@ -69,6 +69,7 @@ class FakeDriver:
         self.free, self.load_code, self.launch_code = 4 << 30, 0, 0
         self.allocation_code, self.clearing_code = 0, 0
         self.allocated: dict[int, Any] = {}
+        self.pinned: set[int] = set()
         self.libraries: list[bytes] = []
         self.shared_limits: list[int] = []
         self.launches: list[Launch] = []
@@ -157,9 +158,12 @@ class FakeDriver:
         return (0,)
 
     def cuMemHostAlloc(self, size: int, _: int) -> tuple[int, int]:
-        return self.cuMemAlloc(size)
+        code, address = self.cuMemAlloc(size)
+        self.pinned.add(address)
+        return code, address
 
     def cuMemFreeHost(self, address: int) -> tuple[int]:
+        self.pinned.discard(address)
         return self.cuMemFree(address)
 
     def cuMemsetD8Async(self, address: int, value: int, size: int, stream: Any) -> tuple[int]:

@@ -185,6 +185,54 @@ def test_state_moves_to_another_session(manifest: Manifest, engine: TensorRTEngi
     fresh.close()
 
 
+def test_copies_of_sessions_keep_and_share_their_memory(manifest: Manifest, engine: TensorRTEngine) -> None:
+    """The same pinned memory for copies that come one after the other; one that is held is nobody else's."""
+    g, session = manifest.geometry, engine.open()
+    pinned = engine.driver.pinned
+    before = len(pinned)
+    first = session.export_state()
+    assert set(first) == {"cache_k", "cache_v"} and len(pinned) == before + 1
+    session.write_memory(0, np.ones((g.layers, 1, 2, g.heads, g.head_dim), np.float32))
+    session.place_sink(np.ones(g.time_pairs), np.zeros(g.time_pairs))
+    second = session.export_state()
+    assert not first["cache_k"].any() and second["cache_k"][:, :, :2].all() and "sink_k" in second
+    assert len(pinned) == before + 2
+    del first
+    third = session.export_state()
+    assert len(pinned) == before + 2 and second["cache_k"][:, :, :2].all()
+    view = third["cache_v"][0]
+    del third, second
+    session.export_state()
+    assert len(pinned) == before + 2 and view.any()
+    session.close()
+    engine.close()
+    assert len(pinned) == 1 and view.any()
+    del view
+    assert not pinned
+
+
+def test_a_state_in_bfloat16_is_half_as_large_and_comes_back(engine: TensorRTEngine) -> None:
+    """As from plans in bfloat16, whose sessions keep it."""
+    session, other = engine.open(), engine.open()
+    for one in (session, other):
+        arena = one._arena
+        assert arena is not None
+        arena.tensors = {
+            name: (shape, "bf16" if name.startswith("cache") else dtype)
+            for name, (shape, dtype) in arena.tensors.items()
+        }
+    values = np.random.default_rng(0).standard_normal(session._arena.tensors["cache_k"][0])  # type: ignore[union-attr]
+    session._upload_all("cache_k", values)
+    state = session.export_state()
+    assert {value.dtype for value in state.values()} == {np.dtype(np.uint16)}
+    np.testing.assert_array_equal(state["cache_k"], to_bits(values, "bf16"))
+    other.import_state(state)
+    for name, value in other.export_state().items():
+        np.testing.assert_array_equal(value, state[name])
+    session.close()
+    other.close()
+
+
 def test_a_session_gives_everything_back(engine: TensorRTEngine) -> None:
     before = dict(engine.driver.allocated)
     session = engine.open()
