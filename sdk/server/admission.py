@@ -27,7 +27,8 @@ class Admission:
         self.chunk_seconds = 0.0
         """That the engine takes for one, averaged over the last twenty or so; 0 until the server has warmed up."""
         rows = 2 * geometry.layers * geometry.rows * geometry.heads * geometry.head_dim
-        self._cache_bytes = rows * BYTES.get(pipeline.manifest.dtype, 4)
+        self.cache_bytes = rows * BYTES.get(pipeline.manifest.dtype, 4)
+        """Of a session's K and V, which are most of it."""
         self._frame_bytes = geometry.video_frames(1, geometry.chunk) * geometry.height * geometry.width * 3
         self._on_host = pipeline.engine.name == "onnxruntime"
 
@@ -47,7 +48,7 @@ class Admission:
         if config.max_load is not None and count and load > config.max_load:
             text = f"with one more session the engine would need {load:.2f} of its time, the limit is {config.max_load}"
             raise self._full("load", text, count)
-        needed = self._cache_bytes + (credits + 1) * self._frame_bytes
+        needed = self.cache_bytes + (credits + 1) * self._frame_bytes
         free = available_memory() if self._on_host else None
         if free is not None and needed + config.memory_reserve > free:
             text = f"a session needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"

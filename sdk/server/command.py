@@ -63,6 +63,9 @@ def serve(
     snapshot_chunks: Annotated[
         int, typer.Option("--snapshot-chunks", help="Chunks between two snapshots of a session.")
     ] = DEFAULT.snapshot_chunks,
+    snapshot_writes: Annotated[
+        int, typer.Option("--snapshot-writes", help="Snapshots written at once, each a copy in memory.")
+    ] = DEFAULT.snapshot_writes,
     snapshot_age: Annotated[
         float, typer.Option("--snapshot-age", help="Seconds that a session's last snapshot is kept.")
     ] = DEFAULT.snapshot_age,
@@ -93,6 +96,7 @@ def serve(
         grace=grace,
         snapshots=snapshots,
         snapshot_chunks=snapshot_chunks,
+        snapshot_writes=snapshot_writes,
         snapshot_age=snapshot_age,
         snapshot_space=snapshot_space,
         watchdog=watchdog,

@@ -11,8 +11,16 @@ from swiftvideo.sdk.address import is_loopback
 
 MAX_SETTING = 1_000_000
 """Of seconds and other numbers."""
-COUNTS = ("max_sessions", "max_sessions_per_client", "max_connections", "max_credits", "max_pending_prompts")
-POSITIVE = ("start_timeout", "watchdog", "snapshot_chunks", "snapshot_age", "snapshot_space")
+COUNTS = (
+    "max_sessions",
+    "max_sessions_per_client",
+    "max_connections",
+    "max_credits",
+    "max_pending_prompts",
+    "snapshot_chunks",
+    "snapshot_writes",
+)
+POSITIVE = ("start_timeout", "watchdog", "snapshot_age", "snapshot_space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ class ServerConfig:
     """Folder of snapshots; None: none are kept."""
     snapshot_chunks: int = 10
     """A session is saved after every so many chunks."""
+    snapshot_writes: int = 2
+    """Snapshots that are written at once, each from a copy in memory that is as large as a session; others wait."""
     snapshot_age: float = 3600.0
     """Seconds that the snapshot of a session that nobody took up is kept."""
     snapshot_space: float = 16.0

@@ -47,8 +47,7 @@ async def _save(manager: SessionManager, sessions: Iterable[ServedSession], dead
         return
     for session in sessions:
         session.stop()
-    for session in sessions:
-        await manager.recovery.final(session, deadline)
+    await asyncio.gather(*(manager.recovery.final(session, deadline) for session in sessions))
 
 
 def end_drained(session: ServedSession) -> None:

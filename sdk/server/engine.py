@@ -8,11 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from swiftvideo.runtime import Chunk, Prompt, Session
-from swiftvideo.runtime.errors import EngineError, StoppedError, SwiftVideoError
+from swiftvideo.runtime import Chunk, Prompt, Session, Snapshot
+from swiftvideo.runtime.errors import EngineError, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +27,8 @@ class Made:
     queued: float
     """From the moment the chunk could be made."""
     took: float
-    saved: bool = False
-    """Whether a snapshot was written right after the chunk."""
+    snapshot: Snapshot | None = None
+    """Of the session right after the chunk, where one was due and could be taken."""
 
 
 class Ask(NamedTuple):
@@ -50,7 +49,7 @@ class Job:
         period: seconds that a chunk plays.
         next_chunk: index of the chunk that is made first.
         asked: prompts that the session has been told, the first included.
-        save_path: gives the file for a snapshot after the chunk of that index, or None for none.
+        snapshot: called after every chunk with their number, in the engine's thread: takes a snapshot where one is due.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Job:
         period: float,
         next_chunk: int = 0,
         asked: int = 1,
-        save_path: Callable[[int], str | None] = lambda index: None,
+        snapshot: Callable[[int], Snapshot | None] = lambda count: None,
     ) -> None:
         self.session = session
         self.done = done
@@ -68,7 +67,7 @@ class Job:
         self.next_chunk = next_chunk
         self.asked = asked
         self.asks: deque[Ask] = deque()
-        self.save_path = save_path
+        self.snapshot = snapshot
         self.limit = next_chunk
         """Chunks with a smaller index may be made."""
         self.held = True
@@ -216,7 +215,6 @@ class EngineThread:
                 asks.append(job.asks.popleft())
         begin = self._running_since
         queued = begin - job.ready_since
-        written: str | None = None
         try:
             _check(job)
             for ask in asks:
@@ -224,10 +222,8 @@ class EngineThread:
                 job.session.prompt(ask.prompt, ask.at_chunk * job.session.geometry.chunk if ahead else None)
             chunk = next(job.session)
             _check(job)
-            path = job.save_path(chunk.index)
-            if path is not None and save(job.session, path):
-                written = path
-            made = Made(chunk, None, queued, time.monotonic() - begin, written is not None)
+            snapshot = job.snapshot(chunk.index + 1)
+            made = Made(chunk, None, queued, time.monotonic() - begin, snapshot)
         except Exception as error:  # whatever one session does wrong ends that session only
             if not isinstance(error, StoppedError):
                 log.exception("a chunk failed")
@@ -247,8 +243,6 @@ class EngineThread:
         if made.error is None:
             job.done(made)
             return
-        if written is not None:
-            discard(written)  # before anybody hears of the end, and may take the session up from an older one
         _end(job, made)
         with self._condition:
             self._running = None
@@ -267,21 +261,3 @@ def _end(job: Job, made: Made) -> None:
     except Exception:  # the other sessions' memory is not hurt by it
         log.exception("a session did not close")
     job.done(made)
-
-
-def save(session: Session, path: str) -> bool:
-    """Write a snapshot; a full disk costs the snapshot, not the session."""
-    try:
-        session.save(path)
-    except SwiftVideoError:
-        log.exception("a snapshot was not written")
-        return False
-    return True
-
-
-def discard(path: str) -> None:
-    """Delete a snapshot that nobody completes; one that cannot be deleted grows old where it is."""
-    try:
-        Path(path).unlink(missing_ok=True)
-    except OSError:
-        log.exception("a snapshot was not deleted")

@@ -65,6 +65,7 @@ class SessionManager:
         if self.recovery is not None:
             store = self.recovery.store
             metrics.watch(metrics.snapshot_bytes, lambda: store.used)
+            metrics.watch(metrics.unsaved, self._unsaved)
         metrics.watch(metrics.tasks, lambda: len(asyncio.all_tasks(self.loop)))
 
     def _open_caches(self) -> int:
@@ -73,6 +74,10 @@ class SessionManager:
 
     def _count(self, attached: bool) -> int:
         return sum((session.outbox is not None) is attached for session in list(self.sessions.values()))
+
+    def _unsaved(self) -> int:
+        kept = [s for s in list(self.sessions.values()) if s.saver is not None and not s.over]
+        return max((session.delivered - session.saved for session in kept), default=0)
 
     def _new_engine(self) -> EngineThread:
         return EngineThread(lambda _: self.post(self._crashed))
@@ -85,9 +90,14 @@ class SessionManager:
             if not self.loop.is_closed():
                 raise
 
-    async def read(self, work: Callable[[], _T], undo: Callable[[_T], object] | None = None) -> _T:
-        """Run in the thread that reads prompts; `undo` gets a result that came too late."""
-        future = self._reader.submit(work)
+    async def read(
+        self,
+        work: Callable[[], _T],
+        undo: Callable[[_T], object] | None = None,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> _T:
+        """Run in the thread that reads prompts, or in another; `undo` gets a result that came too late."""
+        future = (pool or self._reader).submit(work)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -155,24 +165,19 @@ class SessionManager:
     ) -> ServedSession:
         """Take a session of the runtime in."""
         self._caches.add(weakref.ref(made, self._caches.discard))
-        keeps = self.recovery is not None and terms.linger > 0
-        every = self.config.snapshot_chunks
-
-        def save_path(index: int) -> str | None:
-            if not keeps or self.recovery is None or ((index + 1) % every and not self.draining):
-                return None
-            return self.recovery.path(id, index + 1)
+        recovery = self.recovery if terms.linger > 0 else None
+        saver = None if recovery is None else recovery.saver(made, id, next_chunk)
 
         def done(made: Made) -> None:
             session = self.sessions[id]  # the name below would close a cycle: it holds the job
             self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
 
-        job = Job(made, done, self.admission.period, next_chunk, asked, save_path)
+        job = Job(made, done, self.admission.period, next_chunk, asked, saver or (lambda count: None))
         session = ServedSession(
             id, token, terms, job, self.engine, self.config.max_pending_prompts, self.pipeline.encode
         )
         session.delivered = session.saved = next_chunk
-        session.interval = every if keeps else 0
+        session.saver = saver
         self.sessions[id] = session
         self.engine.add(job)
         return session
@@ -258,16 +263,12 @@ class SessionManager:
                 self._gone(session)
             return
         if session.over:
-            if made.saved and self.recovery is not None:
-                self.recovery.discard(session, packed.kept.index + 1)
             return
         first = session.delivered == 0
         waited = session.deliver(packed)
         self._measure(session, packed, waited, first)
-        if made.saved and self.recovery is not None:
-            self.recovery.write(session)
-        elif self.recovery is not None and session.interval and not session.delivered % session.interval:
-            self.recovery.missed(session, session.delivered)
+        if made.snapshot is not None and self.recovery is not None:
+            self.recovery.write(session, made.snapshot)
 
     def _measure(self, session: ServedSession, packed: Packed, waited: float | None, first: bool) -> None:
         made, metrics = packed.made, self.metrics

@@ -68,6 +68,17 @@ class Metrics:
         self.snapshot_failures = Counter(
             "swiftvideo_snapshot_failures", "Snapshots that were due and could not be written.", registry=r
         )
+        self.snapshot = Histogram(
+            "swiftvideo_snapshot_seconds",
+            "From taking a snapshot to its being whole on the disk.",
+            buckets=(*SECONDS, 30.0, 100.0),
+            registry=r,
+        )
+        self.unsaved = Gauge(
+            "swiftvideo_unsaved_chunks",
+            "Most chunks of a session that its newest snapshot lacks, which a kill would have made again.",
+            registry=r,
+        )
         self.snapshot_bytes = Gauge("swiftvideo_snapshot_bytes", "All snapshots on disk.", registry=r)
         self.engine_crashes = Counter(
             "swiftvideo_engine_crashes", "Times the engine's thread ended.", registry=r

@@ -55,7 +55,7 @@ async def _find(manager: SessionManager, client: str, token: str) -> ServedSessi
     )
     if session is None and manager.recovery is not None:
         session = await manager.recovery.restore(client, token)
-    if session is None or session.terms.client != client or (session.over and not session.stored):
+    if session is None or session.terms.client != client or (session.over and not _kept(manager, session)):
         raise Refusal(
             grpc.StatusCode.NOT_FOUND,
             "no session has this resume token: it ended, or waited longer than it may; start a new one",
@@ -64,6 +64,11 @@ async def _find(manager: SessionManager, client: str, token: str) -> ServedSessi
         text = "this session was given up, and what it holds is not free yet: reattach again to go on from its snapshot"
         raise Refusal(grpc.StatusCode.UNAVAILABLE, text, 1.0)
     return session
+
+
+def _kept(manager: SessionManager, session: ServedSession) -> bool:
+    """Whether a session that has ended can be taken up from a snapshot, now or soon."""
+    return session.stored or (manager.recovery is not None and manager.recovery.writes(session))
 
 
 def _check(session: ServedSession, next_chunk: int) -> None:

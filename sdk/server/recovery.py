@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
 
-from swiftvideo.runtime import Session
-from swiftvideo.runtime.errors import UsageError
+from swiftvideo.runtime import Session, Snapshot
+from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
 from . import payload
-from .engine import discard, save
+from .saving import NO_ROOM, Copies, Saver
 from .session import Kept, Known, ServedSession, Terms, token_hash
 from .status import Refusal
 from .store import Store, Stored
@@ -25,26 +27,51 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """The store with a thread of its own. Belongs to the event loop."""
+    """The store, with threads for what is large and one for the rest. Belongs to the event loop.
+
+    A snapshot is a copy that the engine's thread takes (saving.py); a thread of `_writers` hashes and writes it, which
+    takes seconds for gigabytes, and the one of `_disk` completes it. Another one loads.
+    """
 
     def __init__(self, manager: SessionManager) -> None:
         config = manager.config
         assert config.snapshots is not None
         self._manager = manager
         self.store = Store(config.snapshots, config.snapshot_age, round(config.snapshot_space * (1 << 30)))
+        self.copies = Copies(config.snapshot_writes)
+        self._writers = ThreadPoolExecutor(config.snapshot_writes, "swiftvideo-snapshots")
         self._disk = ThreadPoolExecutor(1, "swiftvideo-disk")
+        self._loader = ThreadPoolExecutor(1, "swiftvideo-restore")
+        self._writing: dict[ServedSession, asyncio.Task[None]] = {}
         self._loading: set[str] = set()
         self._expiring: Future[None] = self._disk.submit(lambda: None)
         self.expire()
+        room = int(config.snapshot_space * (1 << 30) / manager.admission.cache_bytes)
+        if room < 2 * config.max_sessions:
+            log.warning(
+                "snapshot_space has room for %d snapshots of this model, and %d sessions need twice as many while new "
+                "ones replace old ones: where it is full, sessions go on without",
+                room,
+                config.max_sessions,
+            )
 
-    def path(self, id: str, index: int) -> str | None:
-        """Where the runtime writes a snapshot, from any thread; None where there is no room."""
-        return None if self.store.full else self.store.session_path(id, index)
+    def saver(self, made: Session, id: str, count: int) -> Saver:
+        """For a session that has made `count` chunks."""
+        manager = self._manager
+        return Saver(
+            made,
+            manager.config.snapshot_chunks,
+            count,
+            self.copies,
+            full=lambda: self.store.full,
+            draining=lambda: manager.draining,
+            missed=lambda text: self.missed(id, text),
+        )
 
-    def write(self, session: ServedSession) -> None:
-        """Complete the snapshot that was written right after the chunk that was delivered last."""
+    def write(self, session: ServedSession, snapshot: Snapshot) -> None:
+        """Write a snapshot that was taken right after the chunk that was delivered last."""
+        assert snapshot.index == session.delivered
         if session.over:  # since then: its chunks that the client has not presented are gone
-            self.discard(session, session.delivered)
             return
         terms = session.terms
         stored = Stored(
@@ -60,58 +87,84 @@ class Recovery:
             applied=session.applied,
             prompts=[(id, *known) for id, known in session.prompts.items()],
         )
-        done = self._disk.submit(self.store.write, stored, list(session.kept), self._living())
-        done.add_done_callback(
-            lambda future: self._manager.post(self._written, session, stored.index, future)
-        )
+        file = self._writers.submit(_write, snapshot, self.store.session_path(stored.id, stored.index))
+        task = asyncio.create_task(self._complete(session, stored, list(session.kept), file))
+        self._writing[session] = task
+        task.add_done_callback(lambda _: self._written(session))
 
-    def _written(self, session: ServedSession, index: int, future: Future[None]) -> None:
-        error = future.exception()
-        if error is None:
-            session.stored = True
-            session.saved_up_to(index)
-            self._manager.metrics.snapshots.inc()
+    async def _complete(
+        self, session: ServedSession, stored: Stored, kept: list[Kept], file: Future[str]
+    ) -> None:
+        """Make what a thread writes a whole snapshot, unless its session ends for good meanwhile."""
+        begin = time.monotonic()
+        try:
+            wrong = await asyncio.wrap_future(file)
+            if not wrong and not session.forgotten:
+                work = self._disk.submit(self.store.write, stored, kept, self._living())
+                await asyncio.wrap_future(work)
+        except Exception as error:  # noqa: BLE001 - whatever it is costs the snapshot, and is in the log
+            wrong = f"{type(error).__name__}: {error}"
+        if session.forgotten:
+            self._disk.submit(self.store.delete, session.id)
+        elif wrong:
+            self.missed(session.id, wrong)
         else:
-            self.missed(session, index, f"{type(error).__name__}: {error}")
+            session.stored, session.saved = True, stored.index
+            self._manager.metrics.snapshots.inc()
+            self._manager.metrics.snapshot.observe(time.monotonic() - begin)
 
-    def missed(self, session: ServedSession, index: int, text: str = "") -> None:
-        """A snapshot was due and is not there: the session goes on without."""
-        if not text:
-            text = "there is no room" if self.store.full else "the engine could not write it"
-        log.error("a snapshot was not written: %s", text, extra={"session": session.id})
+    def _written(self, session: ServedSession) -> None:
+        del self._writing[session]
+        if session.saver is not None:
+            session.saver.writing = False
+
+    def writes(self, session: ServedSession) -> bool:
+        """Whether a snapshot is being written that the session may be taken up from."""
+        return session in self._writing and not session.forgotten
+
+    def missed(self, id: str, text: str) -> None:
+        """A snapshot was due and will not be there: the session goes on without. From any thread."""
+        log.error("a snapshot was not written: %s", text, extra={"session": id})
         self._manager.metrics.snapshot_failures.inc()
-        session.saved_up_to(index)
 
     async def final(self, session: ServedSession, deadline: float) -> None:
         """Save a session that is stopped as it is after its last chunk, if the event loop's `deadline` allows."""
-        job = session.job
+        job, saver = session.job, session.saver
         loop = asyncio.get_running_loop()
-        while not session.over and not (session.engine.rests(job) and session.delivered == job.next_chunk):
-            if loop.time() > deadline:
-                return
-            await asyncio.sleep(0.01)
-        await self._written_out()
-        saved = not session.interval or session.delivered <= session.saved
-        if session.over or saved or loop.time() > deadline:
+
+        async def came(event: Callable[[], bool]) -> bool:
+            while not event():
+                if session.over or loop.time() > deadline:
+                    return False
+                await asyncio.sleep(0.01)
+            return True
+
+        def rests() -> bool:
+            return session.engine.rests(job) and session.delivered == job.next_chunk
+
+        if saver is None or not await came(rests) or not await came(lambda: session not in self._writing):
             return
-        path = self.path(session.id, session.delivered)
-        if path is not None and await asyncio.wrap_future(self._disk.submit(save, job.session, path)):
-            self.write(session)
-            await self._written_out()
-        else:
-            self.missed(session, session.delivered)
+        if session.over or session.delivered <= session.saved or loop.time() > deadline:
+            return
+        if self.store.full:
+            self.missed(session.id, NO_ROOM)
+        elif await came(self.copies.reserve):
+            snapshot = await asyncio.wrap_future(self._writers.submit(saver.take))
+            if snapshot is not None:
+                self.write(session, snapshot)
+                del snapshot  # which the thread frees once it is written
+                await self._settled([session])
 
-    async def _written_out(self) -> None:
-        """Wait for what is being written, and for those who hear of it."""
-        await asyncio.wrap_future(self._disk.submit(lambda: None))
-
-    def discard(self, session: ServedSession, index: int) -> None:
-        """Delete what the runtime wrote after chunk `index` - 1 of a session that has ended meanwhile."""
-        self._disk.submit(discard, self.store.session_path(session.id, index))
+    async def _settled(self, sessions: Collection[ServedSession]) -> None:
+        """Wait until no snapshot of these is being written."""
+        tasks = [task for session, task in self._writing.items() if session in sessions]
+        if tasks:
+            await asyncio.wait(tasks)
 
     def forget(self, session: ServedSession) -> None:
         """A session has ended for good."""
-        if session.interval:
+        session.forgotten = True
+        if session.saver is not None:
             self._disk.submit(self.store.delete, session.id)
 
     def expire(self) -> None:
@@ -121,12 +174,15 @@ class Recovery:
             self._expiring.add_done_callback(_log_failure)
 
     def _living(self) -> frozenset[str]:
-        return frozenset(self._manager.sessions.keys() | self._loading)
+        written = {session.id for session in self._writing}
+        return frozenset(self._manager.sessions.keys() | self._loading | written)
 
     async def restore(self, client: str, token: str) -> ServedSession | None:
         """The session of a resume token, from its snapshot; None where there is none."""
         manager = self._manager
-        stored = await asyncio.wrap_future(self._disk.submit(self.store.find, token_hash(token)))
+        wanted = token_hash(token)
+        await self._settled([session for session in self._writing if token_hash(session.token) == wanted])
+        stored = await asyncio.wrap_future(self._disk.submit(self.store.find, wanted))
         if stored is None or stored.client != client:
             return None
         encoding = payload.checked(stored.encoding)
@@ -134,7 +190,9 @@ class Recovery:
         manager._starting.append(client)
         self._loading.add(stored.id)
         try:
-            made, kept = await manager.read(lambda: self._load(stored), lambda loaded: loaded[0].close())
+            made, kept = await manager.read(
+                lambda: self._load(stored), lambda loaded: loaded[0].close(), self._loader
+            )
         finally:
             manager._starting.remove(client)
             self._loading.discard(stored.id)
@@ -174,7 +232,18 @@ class Recovery:
 
     async def close(self) -> None:
         """Wait for what is being written."""
-        await asyncio.get_running_loop().run_in_executor(None, self._disk.shutdown)
+        await self._settled(list(self._writing))
+        for pool in (self._writers, self._loader, self._disk):
+            await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
+
+
+def _write(snapshot: Snapshot, path: str) -> str:
+    """Why a snapshot could not be written, or nothing. As text: an exception's frames would hold the snapshot."""
+    try:
+        snapshot.save(path)
+    except (SwiftVideoError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -19,6 +19,7 @@ from swiftvideo.v1 import generation_pb2 as pb
 from .engine import EngineThread, Job, Made
 from .outbox import Outbox
 from .payload import pack
+from .saving import Saver
 from .status import Refusal, invalid, refusal
 
 log = logging.getLogger(__name__)
@@ -116,12 +117,14 @@ class ServedSession:
     """From a snapshot: the client may be ahead of it."""
     reason: str = ""
     """How it ended, for the metrics."""
-    interval: int = 0
-    """Chunks between two snapshots; 0: none are kept."""
+    saver: Saver | None = None
+    """Takes its snapshots; None: none are kept."""
     saved: int = 0
     """Chunks that the newest complete snapshot has."""
     stored: bool = False
     """Whether there is a complete snapshot, which outlives the session unless that ends for good."""
+    forgotten: bool = False
+    """Ended for good: no snapshot may be completed any more."""
     linger_timer: asyncio.TimerHandle | None = None
     kept: deque[Kept] = field(default_factory=deque)
     prompts: OrderedDict[str, Known] = field(default_factory=OrderedDict)
@@ -150,21 +153,14 @@ class ServedSession:
         return min(limit, self.terms.chunks) if self.terms.chunks else limit
 
     def refresh(self) -> None:
-        """Tell the engine what this session may do now: no chunk that a kill would lose with more than an interval."""
+        """Tell the engine what this session may do now."""
         held = self.paused or self.stopped or self.over or self.outbox is None
-        limit = min(self.limit, self.saved + self.interval) if self.interval else self.limit
-        self.engine.update(self.job, limit=limit, held=held)
+        self.engine.update(self.job, limit=self.limit, held=held)
 
     def stop(self) -> None:
         """Let no further chunk be made."""
         self.stopped = True
         self.refresh()
-
-    def saved_up_to(self, count: int) -> None:
-        """A snapshot is complete, or could not be written and is done without."""
-        self.saved = max(self.saved, count)
-        if not self.over:
-            self.refresh()
 
     def send(self, message: pb.GenerateResponse) -> None:
         """To the attached call, if there is one."""

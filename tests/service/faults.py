@@ -85,6 +85,7 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
         "sessions": len(made),
         "chunks": sum(map(len, made.values())),
         "snapshot_every": interval,
+        "most_made_again": 2 * interval,
         "chunks_made_again": lost,
         "sessions_that_differ": sum(map(bool, differing)),
     }

@@ -112,7 +112,7 @@ class Soak:
             rounds = max(1, round(10 * self.scale))
             found = asyncio.run(faults.kills(self.small, self.folder / "snapshots", pipeline, rounds))
         found["ok"] = (
-            not found["sessions_that_differ"] and max(found["chunks_made_again"]) <= found["snapshot_every"]
+            not found["sessions_that_differ"] and max(found["chunks_made_again"]) <= found["most_made_again"]
         )
         return found
 

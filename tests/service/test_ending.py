@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from swiftvideo.runtime import Pipeline, Session
+from swiftvideo.runtime import Pipeline, Session, Snapshot
 from swiftvideo.runtime.errors import EngineError, StoppedError
 from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.drain import end_drained
@@ -236,10 +236,6 @@ def test_a_chunk_that_cannot_be_packed_ends_its_session(
     running(pipeline, work)
 
 
-ENDS = [(stop, []), (give_up, [1]), (drained, [1])]
-"""And the snapshots that stay, by index."""
-
-
 def indices(folder: Path) -> list[int]:
     """Of whole snapshots; fails where there is a part of one."""
     names = sorted(path.name.split(".", 1)[1] for path in folder.iterdir())
@@ -250,14 +246,22 @@ def indices(folder: Path) -> list[int]:
     return []
 
 
-@pytest.mark.parametrize(("end", "left"), ENDS)
-@pytest.mark.parametrize("moment", ["saving", "packing", "saving the last one"])
-def test_the_snapshot_of_a_session_that_ends_meanwhile_is_not_left_behind(
-    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End, left: list[int], moment: str
+MOMENTS = {"taking": (Session, "snapshot"), "packing": (ServedSession, "pack"), "writing": (Snapshot, "save")}
+
+
+@pytest.mark.parametrize("end", [stop, give_up, drained])
+@pytest.mark.parametrize(
+    "moment", ["taking", "packing", "writing", "taking the last one", "writing the last one"]
+)
+def test_the_snapshot_of_a_session_that_ends_meanwhile_is_whole_or_not_left_behind(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End, moment: str
 ) -> None:
+    """The one before stays where the session can be taken up; the one that was being written is finished."""
     folder = tmp_path / "s"
     gate = Gate()
-    what = (ServedSession, "pack") if moment == "packing" else (Session, "save")
+    what = MOMENTS[moment.split()[0]]
+    newest = 2 if moment.startswith("writing") else 1
+    left = [] if end is stop else [newest]
     calls, work = itertools.count(), getattr(*what)
 
     def slow(*arguments: Any) -> Any:
@@ -272,11 +276,10 @@ def test_the_snapshot_of_a_session_that_ends_meanwhile_is_not_left_behind(
         session = await begun(manager)
         await until(lambda: session.stored)
         last = None
-        if moment == "saving the last one":
-            session.interval = 100  # so that the second chunk has no snapshot
-            monkeypatch.setattr(session.job, "save_path", lambda index: None)
+        if moment.endswith("last one"):
+            monkeypatch.setattr(session.job, "snapshot", lambda count: None)
         session.credit(0)
-        if moment == "saving the last one":
+        if moment.endswith("last one"):
             await until(lambda: session.delivered == 2)
             last = asyncio.create_task(manager.recovery.final(session, manager.loop.time() + 60))
         await until(gate.reached.is_set)
@@ -287,13 +290,12 @@ def test_the_snapshot_of_a_session_that_ends_meanwhile_is_not_left_behind(
         await until(lambda: not manager.sessions)
         if last is not None:
             await last
-        await manager.recovery._written_out()
+        await manager.recovery.close()
         assert indices(folder) == left
         if left:
             stored = manager.recovery.store.find(token_hash(session.token))
-            assert stored is not None and [kept.index for kept in manager.recovery.store.chunks(stored)] == [
-                0
-            ]
+            assert stored is not None
+            assert [kept.index for kept in manager.recovery.store.chunks(stored)] == [newest - 1]
 
     running(pipeline, run, folder)
 
