@@ -282,16 +282,16 @@ class ServedSession:
             encode_ms=seconds * 1000,
             stages_ms={stage: value * 1000 for stage, value in chunk.timings.items()},
         )
-        message = pb.Chunk(
-            index=chunk.index,
-            first_frame=chunk.first_frame,
-            frame_count=len(chunk.frames),
-            payloads=payloads,
-            prompt_id=name,
-            window=chunk.window,
-            mode=chunk.mode,
-            timings=timings,
-        )
+        message = {  # which makes a pb.Chunk in its place: one made before would be copied, and raw frames are large
+            "index": chunk.index,
+            "first_frame": chunk.first_frame,
+            "frame_count": len(chunk.frames),
+            "payloads": payloads,
+            "prompt_id": name,
+            "window": chunk.window,
+            "mode": chunk.mode,
+            "timings": timings,
+        }
         data = pb.GenerateResponse(chunk=message).SerializeToString()
         return Packed(made, Kept(chunk.index, applied, data), name if chunk.mode else "", seconds)
 
