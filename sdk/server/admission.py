@@ -48,8 +48,8 @@ class Admission:
         if config.max_load is not None and count and load > config.max_load:
             text = f"with one more session the engine would need {load:.2f} of its time, the limit is {config.max_load}"
             raise self._full("load", text, count)
-        needed = self.cache_bytes + (credits + 1) * self._frame_bytes
-        free = available_memory() if self._on_host else None
+        needed = (credits + 1) * self._frame_bytes + (self.cache_bytes if self._on_host else 0)
+        free = available_memory()
         if free is not None and needed + config.memory_reserve > free:
             text = f"a session needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
             raise self._full(

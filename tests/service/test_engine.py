@@ -114,9 +114,13 @@ def test_a_session_that_ended_and_its_prompts_are_gone_without_a_collection(pipe
     async def run() -> None:
         manager = SessionManager(pipeline, ServerConfig(), Metrics())
         session, outbox = await manager.start("ann", pb.Start(prompt="w1", credits=2), "test")
+        session.paused = True  # so that the prompts wait
+        session.refresh()
         await manager.prompt(session, pb.Prompt(id="a", text="w2"))
         await manager.prompt(session, pb.Prompt(id="b", text="w3", at_chunk=3000))
         (ask, ahead) = session.job.asks
+        session.paused = False
+        session.refresh()
         left = [weakref.ref(item) for item in (session, session.job, session.job.session)]
         left += [weakref.ref(item.prompt.signature) for item in (ask, ahead)]
         del ask, ahead
@@ -267,6 +271,22 @@ def test_admission_counts_the_frames_that_credits_let_a_session_keep(
     with pytest.raises(Refusal, match="MiB are free") as caught:
         admission.check("a", [], 5)
     assert caught.value.reason == "memory"
+
+
+def test_admission_counts_those_frames_also_where_the_cache_is_on_a_gpu(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ServerConfig()
+    monkeypatch.setattr(type(pipeline.engine), "name", "torch")
+    admission = Admission(config, pipeline)
+    with pipeline.session("w1") as session:
+        next(session)
+        frames = next(session).frames.nbytes
+    free = config.memory_reserve + 5 * frames
+    monkeypatch.setattr("swiftvideo.sdk.server.admission.available_memory", lambda: free)
+    admission.check("a", [], 4)
+    with pytest.raises(Refusal, match="MiB are free"):
+        admission.check("a", [], 5)
 
 
 @pytest.mark.parametrize(
