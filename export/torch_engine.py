@@ -317,13 +317,20 @@ class TorchSession:
         self.cache_k[:, :, first : first + count] = torch.cat((turned.to(keys.dtype), keys[..., width:]), -1)
 
 
+NO_MEMORY = 2
+"""cudaErrorMemoryAllocation, which is how torch says that no memory of the host can be page-locked."""
+
+
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
     """Allocations inside raise OutOfMemoryError, naming what they are for."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.AcceleratorError):  # a GPU that failed, whatever was asked of it
+        failed = isinstance(error, torch.AcceleratorError)
+        if (
+            failed and getattr(error, "error_code", None) != NO_MEMORY
+        ):  # a GPU that failed, whatever was asked of it
             raise
         raise OutOfMemoryError(
             f"no memory for {what} ({error}): use a smaller batch, window or resolution"

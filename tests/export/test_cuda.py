@@ -213,6 +213,10 @@ def test_a_gpu_that_failed_is_not_called_full() -> None:
         raise torch.OutOfMemoryError("no MiB")
     with pytest.raises(torch.AcceleratorError), memory_for("a cache"):
         raise torch.AcceleratorError("illegal address", 700)
+    unpinned = torch.AcceleratorError("out of memory")
+    unpinned.error_code = 2  # type: ignore[attr-defined]
+    with pytest.raises(OutOfMemoryError, match="no memory for a copy"), memory_for("a copy"):
+        raise unpinned
 
 
 def test_refusals() -> None:
