@@ -327,10 +327,8 @@ def memory_for(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        failed = isinstance(error, torch.AcceleratorError)
-        if (
-            failed and getattr(error, "error_code", None) != NO_MEMORY
-        ):  # a GPU that failed, whatever was asked of it
+        failed = isinstance(error, torch.AcceleratorError)  # the GPU, whatever was asked of it
+        if failed and getattr(error, "error_code", None) != NO_MEMORY:
             raise
         raise OutOfMemoryError(
             f"no memory for {what} ({error}): use a smaller batch, window or resolution"

@@ -178,7 +178,7 @@ class PinnedPool:
 
     def __init__(self, driver: Any, context: Any) -> None:
         self._driver, self._context = driver, context
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection may drop an array in the thread that holds it
         self._idle: list[Pinned] = []
         self._closed = False
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from swiftvideo.export.verify import ENGINES, verify_bundle
 from swiftvideo.runtime.engines import tensorrt as engine_module
-from swiftvideo.runtime.engines.cuda import from_bits, layout, to_bits
+from swiftvideo.runtime.engines.cuda import PinnedPool, from_bits, layout, to_bits
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from swiftvideo.runtime.engines.tensorrt import TensorRTEngine
 from swiftvideo.runtime.errors import (
@@ -209,6 +209,24 @@ def test_copies_of_sessions_keep_and_share_their_memory(manifest: Manifest, engi
     assert len(pinned) == 1 and view.any()
     del view
     assert not pinned
+
+
+def test_a_copy_that_a_collection_drops_within_the_pool_goes_back() -> None:
+    """A collection runs in any thread, also in one that is just taking memory."""
+    pool = PinnedPool(FakeDriver(), None)
+    address, held = pool.take(8)
+    kept = [held]
+    del held
+
+    def collected() -> None:
+        with pool._lock:
+            kept.clear()
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert pool.take(8)[0] == address
 
 
 def test_a_state_in_bfloat16_is_half_as_large_and_comes_back(engine: TensorRTEngine) -> None:
