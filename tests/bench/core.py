@@ -12,11 +12,7 @@ nanoseconds per call.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftvideo.runtime._core import Cache
+from swiftvideo.sdk.machine import describe
 from tests.runtime.core.oracle import Oracle
 
 WINDOW, SINK, CHUNK, ANCHORS = 12, 3, 3, 4
@@ -107,20 +104,6 @@ def oracle_calls(frame_tokens: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout this file lies in, None outside of one."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each figure")
@@ -146,22 +129,10 @@ def main() -> None:
             )
     console = Console()
     console.print(table)
-    report = {
-        "benchmark": "core",
-        "figures": figures,
-        "commit": git_commit(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": importlib.metadata.version("numpy"),
-        },
-    }
-    text = json.dumps(report, indent=2)
     if options.json:
+        result = {**describe(), "figures": figures}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -24,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from swiftvideo.runtime import load, tensorfile
+from swiftvideo.sdk.machine import describe
 from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.manager import SessionManager
 from swiftvideo.sdk.server.metrics import Metrics
 from swiftvideo.sdk.server.session import ServedSession
 from swiftvideo.v1 import generation_pb2 as pb
-
-from .core import git_commit
 
 
 def with_ballast(engine: Any, ballast: np.ndarray[Any, Any]) -> None:
@@ -125,22 +122,11 @@ def main() -> None:
         for which in ("others", "the saved one"):
             table.add_row(which, name, *(f"{value:,.0f}" for value in figures[which].values()))
     Console().print(table)
-    report = {
-        "benchmark": "snapshots",
-        "options": {name: value for name, value in vars(options).items() if name != "json"},
-        "copy_ms": float(np.median(copies)),
-        "without": plain,
-        "with": found,
-        "commit": git_commit(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-    }
-    text = json.dumps(report, indent=2)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+        asked = {name: value for name, value in vars(options).items() if name != "json"}
+        copy = float(np.median(copies))
+        result = {**describe(), "options": asked, "copy_ms": copy, "without": plain, "with": found}
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

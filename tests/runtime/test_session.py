@@ -22,6 +22,7 @@ from swiftvideo.runtime import (
     load,
 )
 from swiftvideo.runtime.telemetry import STAGES
+from tests.runtime.watch import held
 
 MODES = ("bridge-only", "bridge+micro-recache", "full-recache")
 
@@ -183,16 +184,7 @@ def test_a_bad_prompt_leaves_the_session_as_it_was(
 def test_prompts_from_other_threads_never_wait_for_a_chunk(
     session: Session, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-    tensors: Any = session._rollout.tensors
-    decode = tensors.decode
-
-    def slow(latents: Any) -> Any:
-        inside.set()
-        assert go_on.wait(60)
-        return decode(latents)
-
-    monkeypatch.setattr(tensors, "decode", slow)
+    inside, go_on = held(session, monkeypatch)
     made: list[Any] = []
     worker = threading.Thread(target=lambda: made.extend(next(session) for _ in range(3)))
     worker.start()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from swiftvideo.runtime import ClosedError, EngineError, Pipeline, Session, StoppedError, UsageError
+from tests.runtime.watch import held
 
 
 def test_a_closed_session_refuses_everything(
@@ -146,18 +147,8 @@ def test_a_chunk_within_a_chunk_is_refused(session: Session, tmp_path: Path) -> 
 
 
 def test_closing_waits_for_the_chunk_that_is_made(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-    tensors: Any = session._rollout.tensors
-    decode = tensors.decode
-
-    def slow(latents: Any) -> Any:
-        inside.set()
-        assert go_on.wait(60)
-        return decode(latents)
-
-    monkeypatch.setattr(tensors, "decode", slow)
+    inside, go_on = held(session, monkeypatch)
     made: list[Any] = []
-
     errors: list[BaseException] = []
 
     def guarded() -> None:

@@ -1,14 +1,16 @@
-"""An engine whose sessions remember what they were asked to do."""
+"""An engine whose sessions remember what they were asked to do, and a session that waits within a chunk."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from threading import Event
 from typing import Any
 
 import numpy as np
+import pytest
 
-from swiftvideo.runtime import Engine, PolicySettings, Prompt
+from swiftvideo.runtime import Engine, PolicySettings, Prompt, Session
 from swiftvideo.runtime.memory import Forward
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.rollout import Rollout
@@ -99,3 +101,18 @@ class Shifted:
         if self.before:
             return self.source.draw(chunk + (self.before if chunk < self.first else 0), step)
         return self.source.draw(chunk - self.first, step)
+
+
+def held(session: Session, monkeypatch: pytest.MonkeyPatch) -> tuple[Event, Event]:
+    """Let decodings of a session wait: whether one has begun, and whether they may go on."""
+    inside, go_on = Event(), Event()
+    tensors: Any = session._rollout.tensors
+    decode = tensors.decode
+
+    def slow(latents: Any) -> Any:
+        inside.set()
+        assert go_on.wait(60)
+        return decode(latents)
+
+    monkeypatch.setattr(tensors, "decode", slow)
+    return inside, go_on
