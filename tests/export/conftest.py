@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from swiftvideo.export.models import vae
+
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
@@ -24,3 +26,9 @@ def said() -> Iterator[list[str]]:
     yield lines
     for logger in loggers:
         logger.removeHandler(keeper)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in three dimensions, which the engines for CPUs avoid."""
+    monkeypatch.setattr(vae, "_flat", lambda *_: False)
