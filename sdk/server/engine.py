@@ -50,6 +50,7 @@ class Job:
         next_chunk: index of the chunk that is made first.
         asked: prompts that the session has been told, the first included.
         snapshot: called after every chunk with their number, in the engine's thread: takes a snapshot where one is due.
+            None: there are none.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Job:
         period: float,
         next_chunk: int = 0,
         asked: int = 1,
-        snapshot: Callable[[int], Snapshot | None] = lambda count: None,
+        snapshot: Callable[[int], Snapshot | None] | None = None,
     ) -> None:
         self.session = session
         self.done = done
@@ -222,7 +223,7 @@ class EngineThread:
                 job.session.prompt(ask.prompt, ask.at_chunk * job.session.geometry.chunk if ahead else None)
             chunk = next(job.session)
             _check(job)
-            snapshot = job.snapshot(chunk.index + 1)
+            snapshot = None if job.snapshot is None else job.snapshot(chunk.index + 1)
             made = Made(chunk, None, queued, time.monotonic() - begin, snapshot)
         except Exception as error:  # whatever one session does wrong ends that session only
             if not isinstance(error, StoppedError):

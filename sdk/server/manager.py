@@ -149,7 +149,6 @@ class SessionManager:
             if reason is not None:
                 raise invalid(f"start.prompts[{number}]: {reason}")
             ids.add(prompt.id)
-            prompt.heard_chunk = 0  # a matter of reattaching only
         linger = min(message.linger_ms / 1000, self.config.max_linger)
         return Terms(client, message.credits, payload.checked(message.encoding), linger, message.chunks)
 
@@ -172,7 +171,7 @@ class SessionManager:
             session = self.sessions[id]  # the name below would close a cycle: it holds the job
             self._packer.submit(lambda: self.post(self._take, session, session.pack(made)))
 
-        job = Job(made, done, self.admission.period, next_chunk, asked, saver or (lambda count: None))
+        job = Job(made, done, self.admission.period, next_chunk, asked, saver)
         session = ServedSession(
             id, token, terms, job, self.engine, self.config.max_pending_prompts, self.pipeline.encode
         )

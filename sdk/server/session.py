@@ -228,14 +228,16 @@ class ServedSession:
         """Read a new prompt and queue it; in a worker thread. Raises PromptError."""
         encoded = self.encode(prompt.text)
         with self.naming:
-            loop.call_soon_threadsafe(self._accepted, prompt.id, self._queued(prompt, encoded))
+            loop.call_soon_threadsafe(
+                self._accepted, prompt.id, self._queued(prompt, encoded, prompt.heard_chunk)
+            )
 
     def know(self, prompt: pb.Prompt, encoded: Prompt) -> None:
         """Queue a prompt of the start, which is heard before chunk 0."""
-        self._accepted(prompt.id, self._queued(prompt, encoded))
+        self._accepted(prompt.id, self._queued(prompt, encoded, 0))
 
-    def _queued(self, prompt: pb.Prompt, encoded: Prompt) -> Known:
-        number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, prompt.heard_chunk)
+    def _queued(self, prompt: pb.Prompt, encoded: Prompt, heard: int) -> Known:
+        number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, heard)
         self.names[number] = prompt.id
         return Known(number, prompt.text, heard)
 

@@ -20,6 +20,7 @@ from swiftvideo.sdk.server.drain import drain
 from swiftvideo.sdk.server.manager import SessionManager
 from swiftvideo.sdk.server.metrics import Metrics
 from swiftvideo.sdk.server.reattach import reattach
+from swiftvideo.sdk.server.saving import Copies
 from swiftvideo.sdk.server.server import Server
 from swiftvideo.sdk.server.session import ServedSession, token_hash
 from swiftvideo.sdk.server.status import Refusal
@@ -312,8 +313,6 @@ def test_a_folder_that_is_too_small_for_the_model_is_told_of_at_once(
 
 
 def test_no_more_are_reserved_than_there_may_be_whatever_the_threads() -> None:
-    from swiftvideo.sdk.server.saving import Copies
-
     copies = Copies(3)
     got: list[bool] = []
     threads = [threading.Thread(target=lambda: got.append(copies.reserve())) for _ in range(16)]
