@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,17 +15,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = ("sdk", "export", "runtime", "v1")
 FOLDERS = {part: ROOT / part for part in PARTS} | {"v1": ROOT / "protos/swiftvideo/v1"}
+TOOLS = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+"""The environment of a build: cmake and ninja are the venv's."""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel built from this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     command += ["--disable-pip-version-check", "--wheel-dir", str(folder), "--config-settings"]
     command += [f"build-dir={folder / 'build'}", str(ROOT)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
@@ -89,3 +91,41 @@ def test_the_suite_runs_on_the_installed_wheel_when_asked_to(part: str) -> None:
         assert FOLDERS[part] not in found
     else:
         assert FOLDERS[part].resolve() in found
+
+
+def configure(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """CMake's first step into folder / "build", with a Python that runs the lines `python` when it starts."""
+    (folder / "sitecustomize.py").write_text(python)
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder / "build")]
+    command += [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DSKBUILD_PROJECT_NAME=x",
+        "-DSKBUILD_PROJECT_VERSION=0",
+    ]
+    environment = {**TOOLS, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_wheel_that_a_later_python_builds_serves_the_earlier_ones_too(tmp_path: Path) -> None:
+    """From 3.15 on the first suffix of the stable ABI names the machine, and 3.11 to 3.13 do not know that one."""
+    result = configure(
+        tmp_path,
+        "import importlib.machinery as machinery\n"
+        "machinery.EXTENSION_SUFFIXES = ['.abi3-x86_64-linux-gnu.so', '.abi3.so', '.so']\n",
+    )
+    assert result.returncode == 0, result.stderr
+    assert set(re.findall(r"\b_core\S*\.so\b", (tmp_path / "build" / "build.ninja").read_text())) == {
+        "_core.abi3.so"
+    }
+
+
+def test_a_free_threaded_python_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    result = configure(
+        tmp_path,
+        "import sysconfig\n"
+        "real = sysconfig.get_config_var\n"
+        "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else real(name)\n",
+    )
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert f"{sys.executable} is a free-threaded Python" in said and "use the ordinary Python" in said
