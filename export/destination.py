@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError
+from swiftvideo.runtime.files import is_there
 from swiftvideo.runtime.manifest import GRAPHS, MANIFEST_NAME
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,15 +49,21 @@ def check_destination(out: str | Path, overwrite: bool = False) -> Path:
     """The folder that a bundle may be written to, links resolved; call it before any long work.
 
     Raises SettingsError for a folder that is not empty, unless `overwrite` is set and it holds a bundle and nothing
-    else, and where no folder can be made or replaced: below a file, at a mount point, around the current folder.
+    else, and where no folder can be made or replaced: below a file, at a mount point, around the current folder, under
+    a name that is too long.
     """
     place = Path(os.path.realpath(out))
+    parent = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    try:
+        there = is_there(place)
+        is_there((place.parent if there else parent) / f".{place.name}-12345678-old")  # its longest name
+    except OSError as error:
+        raise SettingsError(f"{out} cannot be a bundle's folder: {error}; choose another folder") from error
     if place.is_symlink():
         raise SettingsError(f"{out} leads nowhere, as its links go in a circle: choose another folder")
-    parent = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
     if not parent.is_dir():
         raise SettingsError(f"{parent} is a file, so {out} cannot be a bundle's folder: choose another one")
-    if place.exists():
+    if there:
         _check_replaceable(place, out, overwrite)
         parent = place.parent
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -140,17 +147,17 @@ def _replace(work: Path, place: Path, old: Path, overwrite: bool) -> None:
     if check_destination(place, overwrite) != place:
         raise SettingsError(f"{place} is a link now")
     try:
-        if overwrite and place.exists():
+        if overwrite and is_there(place):
             place.rename(old)
             if any(old.iterdir()):
                 _check_bundle(old, place)  # nobody adds to it by its name any more
         work.rename(place)  # the system refuses where a folder there is not empty
     except BaseException:
-        if work.exists() and old.exists():
+        if is_there(work) and is_there(old):
             old.rename(place)
         raise
     finally:
-        if not work.exists():
+        if not is_there(work):
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +21,27 @@ def target(path: str | Path) -> Path:
     Raises UsageError where a folder, a pipe or a device is there; OSError or ValueError for a name that cannot be.
     """
     real = Path(os.path.realpath(path))  # a link may lead to where nothing is yet
-    if real.is_dir():
+    if not is_there(real):
+        return real
+    mode = real.stat().st_mode
+    if stat.S_ISDIR(mode):
         raise UsageError(f"{str(path)!r} is a folder: give a file's name")
-    if real.exists() and not real.is_file():
+    if not stat.S_ISREG(mode):
         raise UsageError(f"{str(path)!r} is a pipe or a device: give a file's name")
     return real
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included.
+
+    Raises OSError where the system cannot tell: there Path.exists is False from Python 3.14 on, as os.path.lexists
+    always was, and a name that is too long, or a disk with an error, passes for a free place.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +103,16 @@ def test_places_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.Monke
     refused(tmp_path / "new" / "deep", f"{tmp_path} cannot be written: change its permissions")
 
 
+def test_names_that_are_too_long_are_refused_before_the_work(tmp_path: Path) -> None:
+    """Also where only the hidden folder's would be."""
+    for name in ("a" * 300, "a" * 245):
+        refused(tmp_path / name, "File name too long.*choose another folder")
+        refused(tmp_path / "new" / name, "File name too long.*choose another folder")
+    with work_folder(check_destination(tmp_path / ("a" * 241))) as work:
+        bundle(work)
+        put_in_place(work, tmp_path / ("a" * 241))
+
+
 def test_the_old_bundle_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
     out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
     put_in_place(work, out, overwrite=True)
@@ -127,6 +140,29 @@ def test_the_old_bundle_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         put_in_place(work, out, overwrite=True)
     assert json.loads((out / "manifest.json").read_text()) == MANIFEST
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b-work", "b"]
+
+
+def test_the_old_bundle_stays_where_the_disk_cannot_say_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a while: the new bundle is not gone, though asking for it is an error."""
+    out, work = bundle(tmp_path / "b"), bundle(tmp_path / ".b-work", policy="new")
+    failing(monkeypatch, work, out, OSError(5, "bad disk"))
+
+    def ask(real: Callable[..., os.stat_result], path: object, **options: Any) -> os.stat_result:
+        if path == work:
+            raise OSError(5, "bad disk")
+        return real(path, **options)
+
+    for name in ("stat", "lstat"):  # of these two, other versions of Python use the other one
+        monkeypatch.setattr(os, name, partial(ask, getattr(os, name)))
+    with pytest.raises(
+        BundleWriteError, match=rf"bad disk.*what {out} was is {tmp_path / 'b-work-old'}: move"
+    ):
+        put_in_place(work, out, overwrite=True)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "b-work-old" / "manifest.json").read_text()) == MANIFEST
+    assert "new" in (tmp_path / "b-work" / "manifest.json").read_text()
 
 
 def test_the_finished_bundle_stays_where_it_cannot_be_renamed(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from swiftvideo.runtime.errors import UsageError
-from swiftvideo.runtime.files import PARTIAL, replace, target
+from swiftvideo.runtime.files import PARTIAL, is_there, replace, target
 
 
 def test_a_file_is_its_owners_alone_whatever_was_there_and_the_umask(tmp_path: Path) -> None:
@@ -83,3 +83,15 @@ def test_links_are_followed_and_what_is_no_file_is_refused(tmp_path: Path) -> No
         target("/dev/null")
     with pytest.raises(UsageError, match=r"is a folder: give a file's name"):
         target(tmp_path)
+
+
+def test_names_that_the_system_refuses_are_not_free(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for name, reason in (("a" * 300, "name too long"), ("circle", "levels of symbolic links")):
+        with pytest.raises(OSError, match=reason):
+            target(tmp_path / name)
+    (tmp_path / "file").touch()
+    assert target(tmp_path / "file" / "x") == tmp_path / "file" / "x"
+    assert is_there(tmp_path / "circle") and not is_there(tmp_path / "file" / "x")
+    with pytest.raises(OSError, match="name too long"):
+        is_there(tmp_path / ("a" * 300))
