@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -312,11 +314,22 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        typer.echo(f"swiftvideo: {error}", err=True)
-        sys.exit(2)
+        _leave(2, error)
     except (SwiftVideoError, OSError) as error:  # of the system: no space for what is said, say
+        _leave(1, error)
+
+
+def _leave(code: int, error: Exception) -> NoReturn:
+    """End with `code` and a sentence on stderr, also where stdout or stderr takes nothing more."""
+    with suppress(OSError):  # then the code alone says it
         typer.echo(f"swiftvideo: {error}", err=True)
-        sys.exit(1)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who started us
+        try:
+            stream.flush()
+        except OSError:  # from Python 3.14 on it is tried again at the exit, which would make the code 120
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -347,6 +347,27 @@ def test_output_that_cannot_be_said_is_one_sentence(tmp_path: Path, options: lis
     assert child.stderr == "swiftvideo: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("inspect", "nowhere"), 1), (("generate", "--out", "x.mp4"), 2)]
+)
+def test_an_error_that_cannot_be_said_has_its_exit_code(
+    tmp_path: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, stdout=full, stderr=full, check=False)
+    assert child.returncode == code
+
+
+def test_an_error_is_said_where_nobody_listens_to_stdout(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        f"import os; os.close(1); os.execv({sys.executable!r}, {[*COMMAND, 'inspect', 'nowhere']!r})",
+    ]
+    child = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+    assert child.returncode == 1 and child.stderr.startswith("swiftvideo: ")
+
+
 # -- the other commands ------------------------------------------------------------------------------------------
 
 
