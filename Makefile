@@ -12,7 +12,7 @@ help:
 	@echo "make demo        a three-prompt video and its contact sheet in out/ (no GPU, no torch)"
 	@echo "make test        the whole test suite, ARGS='-k cache' to choose"
 	@echo "make test-wheel  the suite against an installed wheel"
-	@echo "make test-lowest what needs no torch, with the lowest versions that pyproject.toml allows"
+	@echo "make test-lowest what needs no torch, with the lowest versions that pyproject.toml allows (Python 3.11)"
 	@echo "make check       format, lint, types, import contracts, the C core under sanitizers"
 	@echo "make format      rewrite the sources as 'make check' wants them"
 	@echo "make bench       benchmarks: table and JSON"
