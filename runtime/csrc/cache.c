@@ -91,6 +91,7 @@ static cache_status place(const cache *self, int64_t start, int64_t frames, bool
                           cache_error *error)
 {
     int64_t P = self->frame_tokens, sink = sink_tokens(self), cap = capacity(self);
+    *out = (placement){0}; /* read after CACHE_OK alone, which GCC does not see */
     if (frames < 1 || frames > self->window)
         return fail(error, CACHE_USAGE, "a forward of %" PRId64 " frames: use 1 to %" PRId64 ", the cache's window",
                     frames, self->window);

@@ -21,7 +21,7 @@ typedef struct {
 
 static module_state *state_of(PyObject *self) { return PyType_GetModuleState(Py_TYPE(self)); }
 
-static PyObject *raise(const module_state *state, cache_status status, const cache_error *error)
+static PyObject *raise_status(const module_state *state, cache_status status, const cache_error *error)
 {
     PyObject *type = status == CACHE_SETTINGS ? state->settings_error
                      : status == CACHE_USAGE  ? state->usage_error
@@ -127,7 +127,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     cache_error error;
     cache_status status = cache_init(&fresh, sizes[0], sizes[1], sizes[2], sizes[3], &error);
     if (status != CACHE_OK)
-        return raise(state, status, &error);
+        return raise_status(state, status, &error);
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     CacheObject *self = (CacheObject *)allocate(type, 0);
     if (self)
@@ -171,7 +171,7 @@ static PyObject *cache_plan_call(PyObject *object, PyObject *const *args, Py_ssi
     cache_status status =
         cache_plan(&((CacheObject *)object)->cache, start, frames, window, force_sink, view.buf, &keys, &error);
     PyBuffer_Release(&view);
-    return status == CACHE_OK ? PyLong_FromLongLong(keys) : raise(state, status, &error);
+    return status == CACHE_OK ? PyLong_FromLongLong(keys) : raise_status(state, status, &error);
 }
 
 static PyObject *cache_commit_call(PyObject *object, PyObject *const *args, Py_ssize_t given, PyObject *keywords)
@@ -191,7 +191,7 @@ static PyObject *cache_commit_call(PyObject *object, PyObject *const *args, Py_s
     cache_status status =
         cache_commit(&((CacheObject *)object)->cache, start, frames, force_sink, view.buf, &count, &error);
     PyBuffer_Release(&view);
-    return status == CACHE_OK ? PyLong_FromLongLong(count) : raise(state, status, &error);
+    return status == CACHE_OK ? PyLong_FromLongLong(count) : raise_status(state, status, &error);
 }
 
 static PyObject *cache_spans_call(PyObject *object, PyObject *const *args, Py_ssize_t given, PyObject *keywords)
@@ -210,7 +210,7 @@ static PyObject *cache_spans_call(PyObject *object, PyObject *const *args, Py_ss
     cache_status status = cache_spans(&((CacheObject *)object)->cache, bridge_recent, anchor_recent, view.buf, &error);
     PyBuffer_Release(&view);
     if (status != CACHE_OK)
-        return raise(state, status, &error);
+        return raise_status(state, status, &error);
     Py_RETURN_NONE;
 }
 
@@ -227,7 +227,7 @@ static PyObject *cache_set_memory_call(PyObject *object, PyObject *const *args, 
     cache_error error;
     cache_status status = cache_set_memory(&((CacheObject *)object)->cache, bridge, anchors, &error);
     if (status != CACHE_OK)
-        return raise(state, status, &error);
+        return raise_status(state, status, &error);
     Py_RETURN_NONE;
 }
 
@@ -243,7 +243,7 @@ static PyObject *cache_clear_call(PyObject *object, PyObject *const *args, Py_ss
     cache_error error;
     cache_status status = cache_clear(&((CacheObject *)object)->cache, start, &error);
     if (status != CACHE_OK)
-        return raise(state, status, &error);
+        return raise_status(state, status, &error);
     Py_RETURN_NONE;
 }
 
@@ -257,7 +257,7 @@ static PyObject *cache_check_call(PyObject *object, PyObject *Py_UNUSED(ignored)
     cache_status status = cache_check(self, claimed, &error);
     PyMem_Free(claimed);
     if (status != CACHE_OK)
-        return raise(state_of(object), status, &error);
+        return raise_status(state_of(object), status, &error);
     Py_RETURN_NONE;
 }
 
@@ -295,7 +295,7 @@ static PyObject *cache_restore_call(PyObject *object, PyObject *saved)
     cache_error error;
     cache_status status = cache_restore(&((CacheObject *)object)->cache, values, &error);
     if (status != CACHE_OK)
-        return raise(state, status, &error);
+        return raise_status(state, status, &error);
     Py_RETURN_NONE;
 }
 
