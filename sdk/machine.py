@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -45,14 +46,10 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    git = ("git", "-C", str(root))
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+        return _output(*git, "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -60,19 +57,37 @@ def commit() -> str | None:
 def memory_mib() -> dict[str, float]:
     """`resident`: this process now; `peak`: the most it ever had. MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    statm = Path("/proc/self/statm")
-    now = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak
+    now = _resident()
+    peak = max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)  # Linux updates it late
     return {"resident": round(now / 2**20, 1), "peak": round(peak / 2**20, 1)}
 
 
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _resident(root: Path = Path("/")) -> int:
+    """Bytes of this process; root: of the file system that says it, where one does."""
+    statm = root / "proc/self/statm"
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_output("ps", "-o", "rss=", "-p", str(os.getpid()))) * 1024
+
+
+def _cpu(root: Path = Path("/")) -> str:
+    """Its name. Linux on ARM has it from `lscpu` alone, macOS from `sysctl`."""
+    info = root / "proc/cpuinfo"
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    try:
+        if sys.platform == "darwin":
+            return _output("sysctl", "-n", "machdep.cpu.brand_string")
+        if "model name" not in text:
+            text = _output("lscpu")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    named = re.search(r"^model name\s*: *(.+)", text, re.MULTILINE | re.IGNORECASE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _memory() -> float:
