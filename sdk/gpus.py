@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from swiftvideo.runtime.errors import SwiftVideoError
 
 from .doctor import Finding
@@ -76,14 +78,15 @@ def _kernels() -> Finding:
     import importlib.util
 
     if importlib.util.find_spec("triton") is None:
-        return Finding("plugins", False, "triton is not installed, so none can be built: pip install triton")
+        remedy = "pip install triton" if sys.platform == "linux" else "it is for Linux"
+        return Finding("plugins", False, f"triton is not installed, so none can be built: {remedy}")
     return Finding("plugins", True, f"kernels can be compiled, triton {importlib.metadata.version('triton')}")
 
 
 def _engine() -> Finding:
     """The first thing that keeps the engine from running, with what would fix it."""
     from swiftvideo.runtime.engines.cuda import find_gpus
-    from swiftvideo.runtime.plugins.flavours import FLAVOURS
+    from swiftvideo.runtime.plugins.flavours import FLAVOURS, install_one
 
     what = "engine tensorrt"
     try:
@@ -92,12 +95,11 @@ def _engine() -> Finding:
         return Finding(what, False, str(error))
     usable = [flavour for flavour in FLAVOURS.values() if flavour.installed]
     if not usable:
-        commands = " or ".join(flavour.install for flavour in FLAVOURS.values())
-        return Finding(what, False, f"no TensorRT is installed: {commands}")
+        return Finding(what, False, f"no TensorRT is installed: {install_one(FLAVOURS.values())}")
     fitting = [flavour.name for flavour in usable if gpu.capability in flavour.capabilities]
     if not fitting:
         builders = [flavour for flavour in FLAVOURS.values() if gpu.capability in flavour.capabilities]
-        commands = " or ".join(flavour.install for flavour in builders) or "no product builds them"
+        commands = install_one(builders) or "no product builds them"
         return Finding(what, False, f"no plans can be built for sm{gpu.capability}: {commands}")
     target = "h200" if gpu.capability == 90 else f"rtx:sm{gpu.capability}"
     return Finding(what, True, f"for bundles with plans: swiftvideo export --out BUNDLE --target {target}")

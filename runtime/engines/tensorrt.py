@@ -25,7 +25,7 @@ from swiftvideo.runtime.errors import (
 )
 from swiftvideo.runtime.geometry import Geometry
 from swiftvideo.runtime.manifest import Manifest
-from swiftvideo.runtime.plugins.flavours import FLAVOURS, Flavour
+from swiftvideo.runtime.plugins.flavours import FLAVOURS, Flavour, install_one
 from swiftvideo.runtime.plugins.kernel import ROW_OPS, read_kernel
 from swiftvideo.runtime.plugins.launch import check, cuda_driver
 from swiftvideo.runtime.plugins.plans import PlanInfo, choose_plans, plans_of
@@ -70,8 +70,9 @@ def usable_plans(
         )
     found = [flavour for flavour in flavours or FLAVOURS.values() if flavour.installed]
     if not found:
-        commands = " or ".join(flavour.install for flavour in FLAVOURS.values())
-        raise EngineUnavailableError(f"neither tensorrt nor tensorrt_rtx is installed: {commands}")
+        raise EngineUnavailableError(
+            f"neither tensorrt nor tensorrt_rtx is installed: {install_one(FLAVOURS.values())}"
+        )
     listed = {plan.flavour for plan in plans_of(manifest)}
     found.sort(key=lambda flavour: flavour.name not in listed)
     problems: list[SwiftVideoError] = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import platform
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +21,23 @@ class Flavour:
     name: str
     module: str
     distribution: str
-    install: str
+    command: str
+    """That installs it, where there are packages."""
     capabilities: tuple[int, ...]
     """That there are targets for, of those that the kernels support."""
+    processors: tuple[str, ...] = ()
+    """That there are packages for, on Linux; empty: any."""
+
+    @property
+    def packaged(self) -> bool:
+        """Whether there are packages for this machine."""
+        return sys.platform == "linux" and (not self.processors or platform.machine() in self.processors)
+
+    @property
+    def install(self) -> str:
+        """`command`, or that there is none here."""
+        here = f"{platform.system()} on {platform.machine()}"
+        return self.command if self.packaged else f"there are no packages for {here}"
 
     @property
     def installed(self) -> str | None:
@@ -49,8 +66,15 @@ RTX = Flavour(
     "tensorrt_rtx_cu13_bindings",
     "pip install 'swiftvideo[tensorrt-rtx]'",
     (80, 86, 89, 120),
+    ("x86_64",),
 )
 FLAVOURS = {flavour.name: flavour for flavour in (TENSORRT, RTX)}
+
+
+def install_one(flavours: Collection[Flavour]) -> str:
+    """The commands that install one of these, or that there are no packages here; empty for no flavours."""
+    told = [flavour.install for flavour in flavours if flavour.packaged]
+    return " or ".join(told) or next((flavour.install for flavour in flavours), "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ A launch allocates nothing on the device, does not synchronise, and can be captu
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,9 @@ def cuda_driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
+        remedy = "pip install 'swiftvideo[tensorrt]'" if sys.platform == "linux" else "NVIDIA GPUs need Linux"
         raise EngineUnavailableError(
-            f"cuda-python is not installed ({error}): pip install 'swiftvideo[tensorrt]'; or use engine='onnxruntime'"
+            f"cuda-python is not installed ({error}): {remedy}; or use engine='onnxruntime'"
         ) from error
     return driver
 

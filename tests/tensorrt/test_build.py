@@ -329,6 +329,7 @@ def test_unknown_targets_and_graphs(small: Path) -> None:
 
 def test_a_product_that_is_not_installed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Flavour, "installed", None)
+    monkeypatch.setattr(Flavour, "packaged", True)
     with pytest.raises(EngineUnavailableError, match=r"--target h200 needs tensorrt.*pip install"):
         build_plans(small, "h200")
 

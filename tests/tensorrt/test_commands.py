@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from swiftvideo.runtime.engines import cuda
 from swiftvideo.runtime.errors import SwiftVideoError
 from swiftvideo.runtime.manifest import Manifest
-from swiftvideo.runtime.plugins.flavours import RTX, Flavour
+from swiftvideo.runtime.plugins.flavours import FLAVOURS, RTX, TENSORRT, Flavour, install_one
 from swiftvideo.runtime.plugins.plans import plans_of
 from swiftvideo.sdk import gpus
 from swiftvideo.sdk.cli import app, main
@@ -69,12 +71,20 @@ def test_wrong_targets_are_said_before_any_work(
     assert not (tmp_path / "none").exists()
 
 
+def machine(monkeypatch: pytest.MonkeyPatch, system: str, processor: str) -> None:
+    """This is another kind of machine."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "system", lambda: {"linux": "Linux", "darwin": "Darwin"}[system])
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+
+
 def notes(
     monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, installed: Flavour | None
 ) -> dict[str, tuple[bool, str]]:
     monkeypatch.setattr(cuda, "cuda_driver", lambda: driver)
     monkeypatch.setattr(Flavour, "installed", property(lambda self: "1.7.1" if self is installed else None))
     monkeypatch.setattr(Flavour, "load", lambda self: None)
+    machine(monkeypatch, "linux", "x86_64")
     return {item.what: (item.usable, item.note) for item in gpus.gpu_findings()}
 
 
@@ -101,6 +111,22 @@ def test_doctor_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not usable and "no plans can be built for sm90: pip install 'swiftvideo[tensorrt]'" in note
     usable, note = notes(monkeypatch, driver, None)["engine tensorrt"]
     assert not usable and "no TensorRT is installed" in note
+
+
+def test_no_command_is_named_that_installs_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "pip install 'swiftvideo[tensorrt]'"
+    machine(monkeypatch, "linux", "x86_64")
+    assert install_one(FLAVOURS.values()) == f"{TENSORRT.install} or {RTX.install}"
+    assert TENSORRT.install == command and RTX.install == "pip install 'swiftvideo[tensorrt-rtx]'"
+    machine(monkeypatch, "linux", "aarch64")
+    assert install_one(FLAVOURS.values()) == command
+    assert install_one([RTX]) == RTX.install == "there are no packages for Linux on aarch64"
+    machine(monkeypatch, "darwin", "arm64")
+    assert install_one(FLAVOURS.values()) == "there are no packages for Darwin on arm64"
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not [item for item in gpus.gpu_findings()[1:] if item.usable or "pip" in item.note]
 
 
 def test_a_library_that_cannot_be_imported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,7 @@ def test_no_product_is_installed(
     bundle: Manifest, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Flavour, "installed", None)
+    monkeypatch.setattr(Flavour, "packaged", True)
     with pytest.raises(EngineUnavailableError, match=r"neither tensorrt nor tensorrt_rtx.*pip install"):
         TensorRTEngine(bundle)
 
