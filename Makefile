@@ -19,8 +19,10 @@ help:
 	@echo "make soak        the service under load and faults: figures as JSON (minutes; ARGS='--hour' adds an hour)"
 	@echo "make proto       regenerate the gRPC code from protos/"
 
-# The package and what it needs at run time.
+# The package and what it needs at run time. macOS's own python3 is 3.9; make there is 3.81, so nothing newer is used here.
 $(VENV)/.core: $(BUILD_INPUTS)
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"$(PYTHON) is Python %d.%d and 3.11 is needed: name another one, PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
