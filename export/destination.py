@@ -31,9 +31,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk is full, or what one may write to it."""
 
 BUILT = re.compile(
-    r"\.plans-.*|trt/.*\.(plan|layers\.json)|kernels/.*\.(cubin|json)|manifest\.json(\.partial)?"
+    r"\.plans-.*|trt/.*\.(plan|layers\.json)|kernels/.*\.(cubin|json)|manifest\.json(\.partial)?|(.*/)?\.DS_Store"
 )
-"""What the manifest itself and the building of plans add to a bundle, also when it was interrupted."""
+"""What the manifest itself and the building of plans add to a bundle, also when it was interrupted, and macOS's Finder
+to a folder that it shows."""
 
 UNFINISHED = re.compile(
     rf"onnx/({'|'.join(GRAPHS)}|decoder)\.(onnx|data)|tokenizer\.json|manifest\.json\.partial"

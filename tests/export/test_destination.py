@@ -70,10 +70,11 @@ def test_a_link_to_a_folder_of_something_else_is_kept(tmp_path: Path) -> None:
     refused(out, "holds elsewhere")
 
 
-def test_what_building_plans_left_is_replaceable(tmp_path: Path) -> None:
+def test_what_building_plans_or_macos_left_is_replaceable(tmp_path: Path) -> None:
     out = bundle(tmp_path / "b")
     left = (".plans-x/trt/rtx-sm89/a.plan", "trt/rtx-sm89/a.plan", "trt/rtx-sm89/a.layers.json")
-    for name in (*left, "kernels/k.cubin", "kernels/k.json", "manifest.json.partial"):
+    finder = (".DS_Store", "onnx/.DS_Store")
+    for name in (*left, *finder, "kernels/k.cubin", "kernels/k.json", "manifest.json.partial"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("x")
     assert check_destination(out, overwrite=True) == out
@@ -98,7 +99,7 @@ def test_places_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.Monke
     for name in (".", "..", tmp_path / "here"):
         refused(name, "current folder, which cannot be replaced: choose a folder inside it")
     assert check_destination("new") == tmp_path / "here" / "below" / "new"
-    refused("/proc", "mount point, which cannot be replaced: choose a folder inside it")
+    refused("/", "mount point, which cannot be replaced: choose a folder inside it")
     monkeypatch.setattr(os, "access", lambda *_: False)
     refused(tmp_path / "new" / "deep", f"{tmp_path} cannot be written: change its permissions")
 
