@@ -330,7 +330,10 @@ def test_free_memory_is_the_machine_s_or_the_container_s(
 
 def test_free_memory_is_asked_of_this_machine() -> None:
     free = host.available_memory()
-    assert free is not None and 0 < free <= psutil.virtual_memory().total
+    if Path("/proc/meminfo").exists():
+        assert free is not None and 0 < free <= psutil.virtual_memory().total
+    else:
+        assert free is None
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

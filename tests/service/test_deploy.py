@@ -177,6 +177,8 @@ def test_the_dashboard_asks_for_every_metric_as_what_it_is(server: ServerProcess
         assert match and expression.count("(") == expression.count(")"), expression
         quantile, kept, rate, name = match.groups()
         asked.add(name)
+        if name.startswith("process_") and not Path("/proc/self").exists():
+            continue  # Prometheus's client has these from there alone
         assert name in kinds, f"not served: {name}"
         assert bool(rate) is (kinds[name] != "gauge"), f"{expression}: {name} is a {kinds[name]}"
         assert bool(quantile) is (kinds[name] == "histogram"), expression
