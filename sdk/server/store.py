@@ -114,17 +114,26 @@ class Store:
         )
 
     def write(self, stored: Stored, kept: list[Kept], living: Collection[str] = ()) -> None:
-        """Complete the snapshot whose session file is there, delete the one before, and make room; see `expire`."""
+        """Complete the snapshot whose session file is there, delete the one before, and make room; see `expire`.
+
+        Where that cannot be, the one before stays, and nothing of this one.
+        """
         arrays = {}
         for item in kept:
             arrays[f"{item.index}.applied"] = np.frombuffer(item.applied, np.uint8)
             arrays[f"{item.index}.chunk"] = np.frombuffer(item.chunk, np.uint8)
         session, chunks, document = self._paths(stored.id, stored.index)
-        text = stored.json()
-        tensorfile.write(chunks, CHUNKS_FORMAT, text, arrays)
-        before = _size(document)
-        files.replace(document, [text.encode()])
-        self.used += sum(map(_size, (document, chunks, session))) - before
+        text, before = stored.json(), _size(document)
+        self.used += _size(session)
+        try:
+            tensorfile.write(chunks, CHUNKS_FORMAT, text, arrays)
+            self.used += _size(chunks)
+            files.replace(document, [text.encode()])
+        except BaseException:
+            for path in (session, chunks):  # on a full disk they would take the room of the next one
+                self._unlink(path)
+            raise
+        self.used += _size(document) - before
         self._drop(stored.id, keep={session, chunks, document})
         if self.full:
             self.expire(living)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -56,6 +57,27 @@ def test_a_snapshot_is_whole_or_not_there(tmp_path: Path) -> None:
     assert not broken.exists() and store.find(stored.token_hash) == stored
     store.delete(IDS[0])
     assert list(store.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["chunks", "json"])
+def test_a_snapshot_that_finds_the_disk_full_leaves_the_one_before_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    store = opened(tmp_path / "s")
+    before = snapshot(store, IDS[0], 6)
+    there, used = sorted(store.folder.iterdir()), store.used
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if target.suffix == f".{stage}":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises((OSError, UsageError), match="No space left on device"):
+        snapshot(store, IDS[0], 9)
+    assert (sorted(store.folder.iterdir()), store.used) == (there, used)
+    assert store.find(before.token_hash) == before and store.chunks(before)
 
 
 @pytest.mark.parametrize("stage", ["session", "chunks", "json"])
