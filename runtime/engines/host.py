@@ -26,18 +26,24 @@ def usable_cores() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this machine, or its container, can still give without swapping; None where neither says.
+    """Bytes that this machine, and the control groups of this process, can still give without swapping; None where
+    none of them says.
 
     root: of the file system that says it.
     """
     free = []
     if match := re.search(r"^MemAvailable: +(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE):
         free.append(int(match[1]) * 1024)
-    group = root / "sys/fs/cgroup"
-    limit, used = _text(group / "memory.max").strip(), _text(group / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():  # the limit is "max" where there is none
-        idle = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
-        free.append(max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
+    top = root / "sys/fs/cgroup"
+    own = re.search(r"^0::/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    group = top / own[1] if own else top  # a container sees its own as the top, a unit of systemd does not
+    for each in (group, *group.parents):
+        limit, used = _text(each / "memory.max").strip(), _text(each / "memory.current").strip()
+        if limit.isdigit() and used.isdigit():  # the limit is "max" where there is none
+            idle = re.search(r"^inactive_file (\d+)", _text(each / "memory.stat"), re.MULTILINE)
+            free.append(max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
+        if each == top:
+            break
     return min(free, default=None)
 
 

@@ -316,6 +316,7 @@ def test_a_session_whose_settings_do_not_fit_leaves_nothing_open(
         ({"max": "6000\n", "current": "5000\n", "stat": "anon 1\ninactive_file 200\n"}, 1200),
         ({"max": "6000\n", "current": "7000\n"}, 0),
         ({"max": "6000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "max": "6000\n", "current": "5000\n"}, 1000),
     ],
 )
 def test_free_memory_is_the_machine_s_or_the_container_s(
@@ -326,6 +327,21 @@ def test_free_memory_is_the_machine_s_or_the_container_s(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert host.available_memory(tmp_path) == free
+
+
+@pytest.mark.parametrize("limited", ["", "system.slice", "system.slice/swiftvideo.service"])
+def test_free_memory_is_that_of_the_tightest_group_above_a_process(tmp_path: Path, limited: str) -> None:
+    """As systemd's MemoryMax= sets it: on the unit, or on a slice."""
+    own = tmp_path / "sys/fs/cgroup/system.slice/swiftvideo.service"
+    own.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/x\n0::/system.slice/swiftvideo.service\n")
+    for group, limit in ((own.parent, 8000), (own, 7000), (own.parents[1] / limited, 6000)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("5000\n")
+    (tmp_path / "sys/fs/memory.max").write_text("1\n")
+    (tmp_path / "sys/fs/memory.current").write_text("0\n")
+    assert host.available_memory(tmp_path) == 1000
 
 
 def test_free_memory_is_asked_of_this_machine() -> None:
