@@ -47,7 +47,8 @@ class ServerConfig:
     max_sessions: int = 16
     max_sessions_per_client: int = 4
     max_connections: int = 512
-    """Connections that are open at once, of all clients; further ones are closed at once."""
+    """Connections that are open at once, of all clients; further ones are closed at once. Fewer where the process may
+    open too few files."""
     max_credits: int = 16
     max_pending_prompts: int = 64
     """Prompts of a session that wait for their chunk."""

@@ -19,6 +19,7 @@ from swiftvideo.sdk.protocol import MAX_REQUEST
 
 from .auth import AuthInterceptor, TokenFile, credentials
 from .config import ServerConfig
+from .descriptors import connections
 from .drain import drain, end_drained
 from .endpoint import Endpoint
 from .health import SERVICE as HEALTH, HealthService
@@ -90,7 +91,7 @@ class Server:
             options=(
                 *OPTIONS,
                 ("grpc.max_concurrent_streams", config.max_sessions + STREAMS),
-                ("grpc.max_allowed_incoming_connections", config.max_connections),
+                ("grpc.max_allowed_incoming_connections", connections(config.max_connections)),
             ),
         )
         self._server.add_generic_rpc_handlers((service.handler(), self._health.handler()))
