@@ -17,9 +17,23 @@ from .status import Reason
 
 log = logging.getLogger(__name__)
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-REJECTED = (*get_args(Reason), "unauthenticated")
-ENDED = ("stopped", "completed", "operator", "drained", "cancelled", "unavailable", "internal")
+FINE = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5)
+SECONDS = (0.001, 0.002, 0.005, 0.01, *FINE, 5.0, 10.0, 20.0, 50.0, 100.0)
+"""Upper ends of buckets: finest about the time that a chunk plays, and as long as the watchdog lets one take."""
+REJECTED = (*get_args(Reason), "unauthenticated", "internal", "data_loss")
+ENDED = (
+    "stopped",
+    "completed",
+    "operator",
+    "drained",
+    "cancelled",
+    "unauthenticated",
+    "unavailable",
+    "internal",
+    "resource_exhausted",
+    "data_loss",
+)
+"""The last four are what an operator wants to be woken for (deploy/alerts.yaml)."""
 GPU = {
     "swiftvideo_gpu_memory_bytes": "Memory in use.",
     "swiftvideo_gpu_power_watts": "Power drawn.",
@@ -39,6 +53,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
+        self.serving = Gauge("swiftvideo_serving", "1 while the health is SERVING, else 0.", registry=r)
         self.sessions = Gauge("swiftvideo_sessions", "Sessions that hold a slot.", ["state"], registry=r)
         self.queue = Gauge("swiftvideo_queue_depth", "Sessions that wait for the engine.", registry=r)
         self.stage = Histogram(
@@ -52,7 +67,7 @@ class Metrics:
         )
         self.switch = Histogram(
             "swiftvideo_switch_seconds",
-            "From a prompt to the first chunk under it.",
+            "From a prompt for the next chunk to the first chunk under it.",
             buckets=SECONDS,
             registry=r,
         )
@@ -71,7 +86,7 @@ class Metrics:
         self.snapshot = Histogram(
             "swiftvideo_snapshot_seconds",
             "From taking a snapshot to its being whole on the disk.",
-            buckets=(*SECONDS, 30.0, 100.0),
+            buckets=SECONDS,
             registry=r,
         )
         self.unsaved = Gauge(

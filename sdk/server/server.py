@@ -139,6 +139,7 @@ class Server:
 
     def _set_health(self, well: bool) -> None:
         self._serving = well
+        self.metrics.serving.set(well)
         self._health.set(well)
 
     async def _watch(self) -> None:

@@ -134,8 +134,8 @@ class ServedSession:
     applied: int = 0
     """Number of the prompt in force at `delivered`."""
     late: int = 0
-    asked_at: dict[int, float] = field(default_factory=dict)
-    """When prompts that wait were asked for, by number."""
+    asked_at: dict[int, float | None] = field(default_factory=dict)
+    """When prompts that wait were asked for, by number; None where they are for a later chunk, and wait for that."""
     names: dict[int, str] = field(default_factory=dict)
     """The client's ids by number, from the one in force on."""
     naming: threading.Lock = field(default_factory=threading.Lock)
@@ -229,24 +229,24 @@ class ServedSession:
         encoded = self.encode(prompt.text)
         with self.naming:
             loop.call_soon_threadsafe(
-                self._accepted, prompt.id, self._queued(prompt, encoded, prompt.heard_chunk)
+                self._accepted, prompt, self._queued(prompt, encoded, prompt.heard_chunk)
             )
 
     def know(self, prompt: pb.Prompt, encoded: Prompt) -> None:
         """Queue a prompt of the start, which is heard before chunk 0."""
-        self._accepted(prompt.id, self._queued(prompt, encoded, 0))
+        self._accepted(prompt, self._queued(prompt, encoded, 0))
 
     def _queued(self, prompt: pb.Prompt, encoded: Prompt, heard: int) -> Known:
         number, heard = self.engine.ask(self.job, encoded, prompt.at_chunk, heard)
         self.names[number] = prompt.id
         return Known(number, prompt.text, heard)
 
-    def _accepted(self, id: str, known: Known) -> None:
-        self.prompts[id] = known
+    def _accepted(self, prompt: pb.Prompt, known: Known) -> None:
+        self.prompts[prompt.id] = known
         while len(self.prompts) > KNOWN_PROMPTS:
             self.prompts.popitem(last=False)
-        self.asked_at[known.number] = time.monotonic()
-        self.accept(id)
+        self.asked_at[known.number] = None if prompt.at_chunk > known.heard else time.monotonic()
+        self.accept(prompt.id)
 
     def accept(self, id: str) -> None:
         """Tell the client that a prompt is known."""
@@ -298,7 +298,8 @@ class ServedSession:
         return Packed(made, Kept(chunk.index, applied, data), name if chunk.mode else "", seconds)
 
     def deliver(self, packed: Packed) -> float | None:
-        """Send a chunk and keep it until it was presented; seconds from its prompt's asking where it was a switch."""
+        """Send a chunk and keep it until it was presented; seconds that its prompt waited where one took over that was
+        for the next chunk."""
         kept, chunk = packed.kept, packed.made.chunk
         assert kept is not None and chunk is not None
         waited = None
