@@ -6,6 +6,8 @@ import configparser
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -64,7 +66,7 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     service = compose["services"]["swiftvideo"]
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    mounts = dict(volume.split(":")[1::-1] for volume in service["volumes"])
+    mounts = _targets(compose, "swiftvideo")
     wanted = {str(Path(part).parent) for part in json.loads(dict(docker())["CMD"]) if part.startswith("/")}
     assert wanted == {"/run/secrets"} and mounts["/run/secrets"] == "./secrets", (
         "a folder, so that rotation is seen"
@@ -75,13 +77,22 @@ def test_compose_mounts_what_the_image_wants_and_waits_for_the_grace_time() -> N
     for other in ("prometheus", "grafana"):
         for volume in compose["services"][other]["volumes"]:
             assert (DEPLOY / volume.split(":")[0]).exists()
-    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
-    assert job["static_configs"][0]["targets"] == ["swiftvideo:9464"]
+    assert {each["restart"] for each in compose["services"].values()} == {"unless-stopped"}
+    prometheus = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
+    assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == ["swiftvideo:9464"]
+    (config,) = [at for at in _targets(compose, "prometheus") if at.endswith("prometheus.yml")]
+    for name in prometheus["rule_files"]:
+        assert _targets(compose, "prometheus")[f"{Path(config).parent}/{name}"] == f"./{name}"
+
+
+def _targets(compose: Any, service: str) -> dict[str, str]:
+    """What is mounted, by where."""
+    return dict(volume.split(":")[1::-1] for volume in compose["services"][service]["volumes"])
 
 
 def test_grafana_finds_prometheus_and_the_dashboard() -> None:
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    mounts = dict(volume.split(":")[1::-1] for volume in services["grafana"]["volumes"])
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services, mounts = compose["services"], _targets(compose, "grafana")
     provisioning = "/etc/grafana/provisioning"
     (source,) = yaml.safe_load(
         (DEPLOY / mounts[f"{provisioning}/datasources"] / "prometheus.yaml").read_text()
@@ -190,6 +201,49 @@ def test_the_dashboard_asks_for_every_metric_as_what_it_is(server: ServerProcess
     ours = {name for name in kinds if name.startswith("swiftvideo_")}
     assert ours - asked == unseen, f"not on the dashboard: {sorted(ours - asked - unseen)}"
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+SELECTOR = re.compile(r"([a-z]\w*?_\w+)(?:{([^}]*)})?")
+"""A metric in an alert's expression, and its matchers."""
+
+
+def test_alerts_ask_for_what_is_served(server: ServerProcess) -> None:
+    _, series = scraped(server)
+    names = {name for name, _ in series}
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    for rule in group["rules"]:
+        asked = SELECTOR.findall(rule["expr"])
+        assert asked or rule["expr"].startswith("up{")
+        for name, matchers in asked:
+            assert name in names, f"{rule['alert']}: {name} is not served"
+            kept = {label: values.split("|") for label, values in re.findall(r'(\w+)=~?"([^"]+)"', matchers)}
+            assert kept.pop("job", [job["job_name"]]) == [job["job_name"]]
+            for label, values in kept.items():  # from the start: what is first is an increase, too
+                for value in values:
+                    assert any(name == n and (label, value) in pairs for n, pairs in series), (name, value)
+
+
+def test_every_alert_has_a_test_that_sees_it_fire_and_one_that_does_not() -> None:
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    quiet, loud = yaml.safe_load((DEPLOY / "alerts_test.yaml").read_text())["tests"]
+    alerts = {rule["alert"] for rule in group["rules"]}
+    for tests, fires in ((quiet, False), (loud, True)):
+        cases = {case["alertname"]: bool(case.get("exp_alerts")) for case in tests["alert_rule_test"]}
+        assert cases == dict.fromkeys(alerts, fires)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus' promtool")
+def test_prometheus_reads_its_files_and_the_alerts_fire(server: ServerProcess) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=20) as response:
+        metrics = response.read()
+    for command, given in (
+        (["check", "config", str(DEPLOY / "prometheus.yaml")], b""),
+        (["test", "rules", str(DEPLOY / "alerts_test.yaml")], b""),
+        (["check", "metrics"], metrics),
+    ):
+        done = subprocess.run(["promtool", *command], check=False, input=given, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_happens_first_is_an_increase_to_prometheus(server: ServerProcess) -> None:
