@@ -105,8 +105,11 @@ def late(deadline: float | None) -> DeadlineError:
     return DeadlineError(text, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-LOCAL_FAILURE = "Internal error from Core"
-"""What grpc.aio calls a write to a call that has just broken, whose own status it then loses."""
+SAID = "grpc-status-details-bin"
+"""Trailing metadata of every error that the server itself ends a call with (sdk/server/status.py)."""
+BREAKS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+"""What else a call ends with that broke: where a proxy resets it, since its own connection to the server is gone; and
+where grpc.aio writes to it in that moment, and loses its status."""
 LATE = "Deadline Exceeded"
 """What gRPC says of an answer that did not come in time."""
 CONNECTING = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
@@ -132,9 +135,9 @@ REMEDIES = (
 
 def error_from(error: Any) -> ServiceError:
     """The exception of gRPC's own."""
-    if error.code() is grpc.StatusCode.INTERNAL and error.details() == LOCAL_FAILURE:
-        return UnavailableError("the connection broke", grpc.StatusCode.UNAVAILABLE)
     details = error.details() or ""
+    if error.code() in BREAKS and all(key != SAID for key, _ in error.trailing_metadata() or ()):
+        return UnavailableError(f"the connection broke: {details}", grpc.StatusCode.UNAVAILABLE)
     if error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(CONNECTING):
         remedy = next(remedy for sign, remedy in REMEDIES if sign in details)
         return UnavailableError(f"{details.strip()}. {remedy}", grpc.StatusCode.UNAVAILABLE)
