@@ -22,8 +22,8 @@ from .state import widened
 
 Array = NDArray[Any]
 
-ALIGNMENT = 256
-"""Bytes; what TensorRT asks of device memory."""
+ALIGNMENT = 512
+"""Bytes; what TensorRT asks of the memory that a context works in: else it keeps none, and says so in its log alone."""
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4, "int64": 8, "uint8": 1}
 

@@ -146,8 +146,8 @@ class FakeDriver:
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
         if self.allocation_code:
             return self.allocation_code, 0
-        buffer = ctypes.create_string_buffer(b"\xab" * (size + 256), size + 256)
-        address = -(-ctypes.addressof(buffer) // 256) * 256
+        buffer = ctypes.create_string_buffer(b"\xab" * (size + 512), size + 512)
+        address = -(-ctypes.addressof(buffer) // 512) * 512
         self.allocated[address] = buffer
         return 0, address
 

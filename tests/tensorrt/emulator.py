@@ -82,7 +82,8 @@ def compute(launch: Launch, head: int) -> None:
 class Network:
     """What deserialising gives: a graph of the bundle."""
 
-    device_memory_size_v2 = 4096
+    name = "Unnamed Network 0"  # as the parser leaves it
+    device_memory_size_v2 = 4100  # such that what follows it is not aligned by itself
 
     def __init__(self, graph: str, manifest: Manifest, driver: FakeDriver) -> None:
         self.name, self.driver = graph, driver
@@ -137,7 +138,8 @@ class Context:
         self.memory = 0
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert address % 256 == 0 and size >= self.engine.device_memory_size_v2
+        assert address % 512 == 0, "setDeviceMemory: memory must be aligned on 512 byte boundary"
+        assert size >= self.engine.device_memory_size_v2
         self.memory = address
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:

@@ -340,7 +340,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
 def test_tensors_of_an_arena_do_not_overlap() -> None:
     offsets, size = layout({"a": ((3, 5), "fp32"), "b": ((), "int64"), "c": ((100,), "bf16")})
-    assert offsets == {"a": 0, "b": 256, "c": 512} and size == 768
+    assert offsets == {"a": 0, "b": 512, "c": 1024} and size == 1536
 
 
 def test_a_shape_that_the_plan_refuses_is_an_engine_error(engine: TensorRTEngine, manifest: Manifest) -> None:

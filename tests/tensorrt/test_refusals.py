@@ -283,7 +283,7 @@ def test_too_little_memory_for_a_session(driver: FakeDriver) -> None:
     [
         (
             lambda driver: Arena(driver, {"x": ((300,), "fp32")}, 0, "a session"),
-            "allocating 1280 bytes for a session",
+            "allocating 1536 bytes for a session",
         ),
         (lambda driver: Pinned(driver, 1000), "pinning 1000 bytes"),
     ],
