@@ -308,12 +308,19 @@ def _plugin_layers(graph: str, result: dict[str, Any], plugins: bool) -> set[str
     """Ops of the graph's nodes, after checking that each is a plugin layer of the builder's report."""
     if not plugins:
         return set()
-    layers = [layer["name"] for layer in result["layers"] if layer["plugin"]]
-    lost = [node["name"] for node in result["nodes"] if not any(node["name"] in name for name in layers)]
+    layers = result["layers"]
+    lost = [
+        node["name"]
+        for node in result["nodes"]
+        if not any(node["name"] in layer["name"] for layer in layers if layer["plugin"])
+    ]
     if lost:
+        found = [
+            f"{layer['name']} ({layer['type']})" for layer in layers if any(n in layer["name"] for n in lost)
+        ]
         raise PlanBuildError(
-            f"the plan of {graph} has no plugin layer for {', '.join(lost)}; its plugin layers are "
-            f"{', '.join(layers) or 'none'}: this version of TensorRT reports or fuses layers in another way"
+            f"the plan of {graph} has no plugin layer for {', '.join(lost)}; of these names its {len(layers)} layers "
+            f"have {', '.join(found) or 'none'}: this version of TensorRT reports or fuses layers in another way"
         )
     return {node["op"] for node in result["nodes"]}
 

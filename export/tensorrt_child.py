@@ -74,7 +74,10 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         if job["kernels"]:
             plugins.register(trt, read_kernels(Path(job["kernels"])))
             del model.functions[:]  # otherwise the parser inlines them and looks for no plugin
-        builder = trt.Builder(logger)
+        try:
+            builder = trt.Builder(logger)
+        except TypeError as error:  # its way to say that CUDA does not start
+            raise BuildFailure(f"TensorRT does not start: {logger.reason()}") from error
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse(model.SerializeToString(), job["graph"]):
@@ -85,9 +88,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         config = _config(trt, builder, network, job)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise BuildFailure(
-                "; ".join(logger.errors[-3:]) or "the builder gave no reason", _layer_in(logger.errors)
-            )
+            raise BuildFailure(logger.reason(), _layer_in(logger.errors))
         Path(job["plan"]).write_bytes(plan)
         layers = parse_report(logger.report) or inspected(trt, logger, plan)
         _keep_timings(config, job["timing_cache"])
@@ -97,6 +98,15 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
             "nodes": nodes,
             "version": trt.__version__,
         }
+
+
+def take_timings(config: Any, path: Path) -> None:
+    """Start with the tactics that earlier builds measured; with none where the file is absent, broken or for another
+    driver or GPU.
+    """
+    cache = config.create_timing_cache(path.read_bytes()) if path.is_file() else None
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _keep_timings(config: Any, file: str | None) -> None:
@@ -157,7 +167,7 @@ def inspected(trt: Any, logger: Any, plan: Any) -> list[dict[str, Any]]:
     """Layers by the engine inspector, for a builder whose log has no report; it loads the plan, which takes a GPU."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
-        raise BuildFailure(f"the plan that was just built does not load: {'; '.join(logger.errors[-3:])}")
+        raise BuildFailure(f"the plan that was just built does not load: {logger.reason()}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return parse_inspection(text)
 
@@ -169,7 +179,7 @@ def parse_inspection(text: str) -> list[dict[str, Any]]:
         read, written = (
             [
                 (
-                    str(tensor.get("Format/Datatype", "")).rpartition(" ")[2],
+                    str(tensor.get("Datatype", "")),
                     json.dumps(tensor.get("Dimensions", []), separators=(",", ":")),
                 )
                 for tensor in layer.get(side, [])
@@ -205,10 +215,7 @@ def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
             trt.BuilderFlag.REQUIRE_USER_ALLOCATION
         )  # what runs allocates nothing, so it can be captured
     if job["timing_cache"]:
-        path = Path(job["timing_cache"])
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another driver: measure anew
-            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+        take_timings(config, Path(job["timing_cache"]))
     profile = builder.create_optimization_profile()
     dynamic = False
     for index in range(network.num_inputs):
@@ -279,6 +286,10 @@ def _logger(trt: Any, log: Any) -> Any:
             if severity != trt.ILogger.Severity.VERBOSE:
                 log.write(f"{severity.name}: {text}\n")
                 log.flush()
+
+        def reason(self) -> str:
+            """Of a failure: what was said last."""
+            return "; ".join(self.errors[-3:]) or "it gave no reason"
 
     return Logger()
 

@@ -23,7 +23,7 @@ from swiftvideo.export import tensorrt as builder
 from swiftvideo.export.destination import BundleWriteError
 from swiftvideo.export.onnx_ops import DOMAIN
 from swiftvideo.export.tensorrt import PlanBuildError, build_plans, check_buildable
-from swiftvideo.export.tensorrt_child import parse_inspection, parse_report
+from swiftvideo.export.tensorrt_child import parse_inspection, parse_report, take_timings
 from swiftvideo.runtime.engines import cuda
 from swiftvideo.runtime.errors import (
     BundleIntegrityError,
@@ -199,7 +199,10 @@ def test_a_lost_plugin_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch)
 
     before = measure_files(small)
     monkeypatch.setattr(builder, "json", type("Json", (), {"loads": staticmethod(lose), "dumps": json.dumps}))
-    with pytest.raises(PlanBuildError, match=r"no plugin layer for swift\.SemanticInjection"):
+    with pytest.raises(
+        PlanBuildError,
+        match=r"no plugin layer for swift\.SemanticInjection.*have .*Injection\.0\.\S* \(custom_layer\)",
+    ):
         build_plans(small, "rtx:sm89", graphs=["inject"])
     assert unchanged(small, before)
 
@@ -367,9 +370,47 @@ def test_reports_of_the_log_and_of_the_inspector_read_alike() -> None:
         "outputs": [],
     }
     assert parse_report(log) == [ours, shapes]
-    layer = {"Name": "swift.SemanticInjection.0.", "LayerType": "PluginV3"}
-    for side, shape, kind in (("Inputs", [3, -1], "Int32"), ("Outputs", [2], "BFloat16")):
-        layer[side] = [{"Name": "b", "Dimensions": shape, "Format/Datatype": f"Row major linear {kind}"}]
-    assert parse_inspection(json.dumps({"Layers": [layer], "Bindings": ["v", "b"]})) == [
-        {"name": "swift.SemanticInjection.0.", "type": "PluginV3", "plugin": True, **tensors}
+    tensors_of_11 = {
+        side: [
+            {"Name": "b", "Dimensions": shape, "Datatype": kind, "Format": "(Linear) Row major linear format"}
+        ]
+        for side, shape, kind in (("Inputs", [3, -1], "Int32"), ("Outputs", [2], "BFloat16"))
+    }
+    inspected = [
+        {"Name": "swift.SemanticInjection.0._myl0_1", "LayerType": "custom_layer", **tensors_of_11},
+        {"Name": "none", "LayerType": "shape_call", "Inputs": [], "Outputs": []},
     ]
+    io_tensors = [{"Name": "v", "IOMode": "Input", "DataType": "Int32"}]
+    assert parse_inspection(json.dumps({"Layers": inspected, "I/O Tensors": io_tensors})) == [ours, shapes]
+
+
+class Timings:
+    """A builder's configuration of TensorRT 11, as far as measured tactics go: it makes no cache of broken content, and
+    takes none of another machine."""
+
+    def __init__(self) -> None:
+        self.taken: bytes | None = None
+
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        return None if content == b"broken" else content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert isinstance(cache, bytes) and not ignore_mismatch
+        if cache == b"another machine":
+            return False
+        self.taken = cache
+        return True
+
+
+@pytest.mark.parametrize(
+    ("kept", "taken"),
+    [(b"tactics", b"tactics"), (None, b""), (b"another machine", b""), (b"broken", b"")],
+)
+def test_measured_tactics_are_taken_up_where_they_fit(
+    tmp_path: Path, kept: bytes | None, taken: bytes
+) -> None:
+    path, config = tmp_path / "a.timing", Timings()
+    if kept is not None:
+        path.write_bytes(kept)
+    take_timings(config, path)
+    assert config.taken == taken
