@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftvideo.runtime.engines.cuda import find_gpus
+from swiftvideo.runtime.engines.tensorrt import check_driver
 from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
 from swiftvideo.runtime.manifest import GRAPHS, FileEntry, Manifest, measure, measure_files
 from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
@@ -161,6 +162,7 @@ def check_buildable(target: str, dtype: str, head_dim: int) -> Target:
 def _check_gpu(target: Target) -> None:
     """TensorRT, unlike TensorRT-RTX, builds for the GPU that is there."""
     gpu = find_gpus()[0]
+    check_driver(gpu)
     if gpu.capability != target.capability:
         raise EngineUnavailableError(
             f"--target {target.name} is built on a GPU of compute capability {target.capability}, and this one "

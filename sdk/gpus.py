@@ -86,20 +86,26 @@ def _kernels() -> Finding:
 def _engine() -> Finding:
     """The first thing that keeps the engine from running, with what would fix it."""
     from swiftvideo.runtime.engines.cuda import find_gpus
+    from swiftvideo.runtime.engines.tensorrt import check_driver
     from swiftvideo.runtime.plugins.flavours import FLAVOURS, install_one
 
     what = "engine tensorrt"
     try:
         gpu = find_gpus()[0]
+        check_driver(gpu)
     except SwiftVideoError as error:
         return Finding(what, False, str(error))
     usable = [flavour for flavour in FLAVOURS.values() if flavour.installed]
     if not usable:
         return Finding(what, False, f"no TensorRT is installed: {install_one(FLAVOURS.values())}")
-    fitting = [flavour.name for flavour in usable if gpu.capability in flavour.capabilities]
+    fitting = [flavour for flavour in usable if gpu.capability in flavour.capabilities]
     if not fitting:
         builders = [flavour for flavour in FLAVOURS.values() if gpu.capability in flavour.capabilities]
         commands = install_one(builders) or "no product builds them"
         return Finding(what, False, f"no plans can be built for sm{gpu.capability}: {commands}")
+    try:
+        fitting[0].load()
+    except SwiftVideoError as error:
+        return Finding(what, False, str(error))
     target = "h200" if gpu.capability == 90 else f"rtx:sm{gpu.capability}"
     return Finding(what, True, f"for bundles with plans: swiftvideo export --out BUNDLE --target {target}")

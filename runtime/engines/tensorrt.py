@@ -39,8 +39,8 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 REQUIRED = ("condition", "denoise", "inject")
-CUDA = 13
-"""Major version that both products are built for."""
+CUDA, DRIVER = 13, 580
+"""Major version that both products are built for, and the first driver of it."""
 TRT_DTYPES = {
     "FLOAT": "fp32",
     "HALF": "fp16",
@@ -49,6 +49,15 @@ TRT_DTYPES = {
     "INT64": "int64",
     "UINT8": "uint8",
 }
+
+
+def check_driver(gpu: Gpu) -> None:
+    """Raise EngineUnavailableError where the driver is older than what both products are built for."""
+    if int(gpu.driver.partition(".")[0]) < CUDA:
+        raise EngineUnavailableError(
+            f"the NVIDIA driver supports CUDA {gpu.driver} and TensorRT needs {CUDA}.0: install driver {DRIVER} or "
+            "newer; or use engine='onnxruntime'"
+        )
 
 
 def usable_plans(
@@ -63,11 +72,7 @@ def usable_plans(
         EngineUnavailableError: no product is installed, its plans are for other GPUs, or the driver is too old.
         BundleError: plans are missing, of other versions, or do not belong to this bundle.
     """
-    if int(gpu.driver.partition(".")[0]) < CUDA:
-        raise EngineUnavailableError(
-            f"the NVIDIA driver supports CUDA {gpu.driver} and TensorRT needs {CUDA}.0: install a newer driver; or use "
-            "engine='onnxruntime'"
-        )
+    check_driver(gpu)
     found = [flavour for flavour in flavours or FLAVOURS.values() if flavour.installed]
     if not found:
         raise EngineUnavailableError(

@@ -20,9 +20,12 @@ class Flavour:
 
     name: str
     module: str
-    distribution: str
+    distributions: tuple[str, ...]
+    """That bring the module, by the names that pip knows; the first that is there says its version."""
     command: str
     """That installs it, where there are packages."""
+    libraries: str
+    """Where the shared libraries come from that the module needs."""
     capabilities: tuple[int, ...]
     """That there are targets for, of those that the kernels support."""
     processors: tuple[str, ...] = ()
@@ -45,26 +48,40 @@ class Flavour:
         try:
             if importlib.util.find_spec(self.module) is None:
                 return None
-            return importlib.metadata.version(self.distribution)
-        except (importlib.metadata.PackageNotFoundError, ValueError):
+        except ValueError:
             return None
+        for name in self.distributions:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return None
 
     def load(self) -> Any:
-        """The module. Raises EngineUnavailableError with the command that installs it."""
+        """The module. Raises EngineUnavailableError with what is missing: the product, or its libraries alone."""
         try:
             return importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # OSError: its shared libraries
-            raise EngineUnavailableError(
-                f"{self.name} cannot be imported ({error}): {self.install}"
-            ) from error
+            version = self.installed
+            what = self.install if version is None else f"{version} is installed; {self.libraries}"
+            raise EngineUnavailableError(f"{self.name} cannot be imported ({error}): {what}") from error
 
 
-TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt", "pip install 'swiftvideo[tensorrt]'", (90,))
+TENSORRT = Flavour(
+    "tensorrt",
+    "tensorrt",
+    ("tensorrt_cu13", "tensorrt_cu12", "tensorrt"),  # the last alone in containers
+    "pip install 'swiftvideo[tensorrt]'",
+    "its libraries are in tensorrt_cu13_libs, which pip gets from https://pypi.nvidia.com, or in a folder that "
+    "LD_LIBRARY_PATH names",
+    (90,),
+)
 RTX = Flavour(
     "tensorrt_rtx",
     "tensorrt_rtx_bindings",
-    "tensorrt_rtx_cu13_bindings",
+    ("tensorrt_rtx_cu13_bindings",),
     "pip install 'swiftvideo[tensorrt-rtx]'",
+    "its libraries are in tensorrt_rtx_cu13_libs of the same version",
     (80, 86, 89, 120),
     ("x86_64",),
 )

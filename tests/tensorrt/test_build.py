@@ -345,6 +345,9 @@ def test_tensorrt_builds_on_the_gpu_it_builds_for(small: Path, monkeypatch: pyte
         EngineUnavailableError, match=r"capability 90, and this one \(A test\) has 89.*rtx:sm89"
     ):
         build_plans(small, "h200")
+    driver.capability, driver.version = (9, 0), 12080
+    with pytest.raises(EngineUnavailableError, match=r"supports CUDA 12\.8 and TensorRT needs 13\.0"):
+        build_plans(small, "h200")
     driver.missing = True
     with pytest.raises(EngineUnavailableError, match="no NVIDIA driver"):
         build_plans(small, "h200")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -11,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from swiftvideo.runtime.engines import cuda
-from swiftvideo.runtime.errors import SwiftVideoError
+from swiftvideo.runtime.errors import EngineUnavailableError, SwiftVideoError
 from swiftvideo.runtime.manifest import Manifest
+from swiftvideo.runtime.plugins import flavours
 from swiftvideo.runtime.plugins.flavours import FLAVOURS, RTX, TENSORRT, Flavour, install_one
 from swiftvideo.runtime.plugins.plans import plans_of
 from swiftvideo.sdk import gpus
@@ -129,8 +131,63 @@ def test_no_command_is_named_that_installs_nothing_here(monkeypatch: pytest.Monk
     assert not [item for item in gpus.gpu_findings()[1:] if item.usable or "pip" in item.note]
 
 
-def test_a_library_that_cannot_be_imported_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Flavour("broken", "swiftvideo.no_such_module", "swiftvideo", "pip install it", (89,))
-    assert broken.installed is None
-    with pytest.raises(SwiftVideoError, match=r"broken cannot be imported .*: pip install it"):
-        broken.load()
+def test_doctor_with_what_keeps_the_engine_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    driver.version = 12080
+    usable, note = notes(monkeypatch, driver, RTX)["engine tensorrt"]
+    assert not usable and "CUDA 12.8 and TensorRT needs 13.0: install driver 580 or newer" in note
+    driver.version = 13000
+
+    def broken(self: Flavour) -> None:
+        raise EngineUnavailableError(f"{self.name} cannot be imported")
+
+    notes(monkeypatch, driver, RTX)
+    monkeypatch.setattr(Flavour, "load", broken)
+    found = {item.what: (item.usable, item.note) for item in gpus.gpu_findings()}
+    assert found["engine tensorrt"] == found["tensorrt_rtx"] == (False, "tensorrt_rtx cannot be imported")
+
+
+def test_a_module_that_is_not_there_is_said() -> None:
+    absent = Flavour("absent", "swiftvideo.no_such_module", ("swiftvideo",), "pip install it", "", (89,))
+    assert absent.installed is None
+    with pytest.raises(SwiftVideoError, match=r"absent cannot be imported .*: pip install it"):
+        absent.load()
+
+
+def test_a_module_without_its_libraries_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT's, whose libraries come from another index: the command that was run already is no help."""
+    (tmp_path / "half_installed.py").write_text(
+        "raise ImportError('libnvinfer.so.11: cannot open shared object file')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    half = Flavour(
+        "half", "half_installed", ("swiftvideo",), "pip install it", "its libraries are there", (89,)
+    )
+    with pytest.raises(SwiftVideoError) as caught:
+        half.load()
+    said = str(caught.value)
+    assert said.startswith("half cannot be imported (libnvinfer.so.11: cannot open shared object file): ")
+    assert said.endswith(f"{half.installed} is installed; its libraries are there") and "pip" not in said
+
+
+def test_every_way_to_install_tensorrt_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta package brings `tensorrt_cu13`, which may also come alone; in a container `tensorrt` is all there is."""
+    there: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(flavours.importlib.metadata, "version", version)
+    assert TENSORRT.installed is None
+    for packages in (
+        {"tensorrt": "11.1.0.106"},
+        {"tensorrt_cu13": "11.1.0.106"},
+        {"tensorrt": "11.0.0.114", "tensorrt_cu13": "11.1.0.106"},
+        {"tensorrt_cu12": "11.1.0.106"},
+    ):
+        there.clear()
+        there.update(packages)
+        assert TENSORRT.installed == "11.1.0.106"

@@ -333,7 +333,7 @@ def test_a_graph_without_a_plan(bundle: Manifest, driver: FakeDriver) -> None:
 
 def test_a_driver_that_is_too_old(bundle: Manifest, driver: FakeDriver) -> None:
     driver.version = 12080
-    with pytest.raises(EngineUnavailableError, match=r"supports CUDA 12\.8 and TensorRT needs 13\.0"):
+    with pytest.raises(EngineUnavailableError, match=r"supports CUDA 12\.8 and TensorRT needs 13\.0.*580"):
         TensorRTEngine(bundle)
     assert not driver.allocated
 
