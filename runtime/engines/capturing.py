@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
+from typing import Any
+
+from swiftvideo.runtime.plugins.launch import check
 
 _capturing = RLock()
 
@@ -24,3 +27,18 @@ def uncollected() -> Iterator[None]:
         finally:
             if collecting:
                 gc.enable()
+
+
+def captured(driver: Any, stream: Any, work: Callable[[], None]) -> Any:
+    """The graph of what `work` puts into a stream, for the caller to destroy. An error of `work` ends the capture."""
+    mode, what = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, "capturing a graph"
+    with uncollected():
+        check(driver, driver.cuStreamBeginCapture(stream, mode), what)
+        try:
+            work()
+        except BaseException:
+            code, graph = driver.cuStreamEndCapture(stream)  # a code says what `work` broke
+            if not int(code):
+                check(driver, driver.cuGraphDestroy(graph), what)
+            raise
+        return check(driver, driver.cuStreamEndCapture(stream), what)

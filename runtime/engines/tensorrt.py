@@ -281,6 +281,7 @@ class TensorRTEngine:
         context = network.create_execution_context(config)
         if context is None:
             raise OutOfMemoryError(f"TensorRT cannot prepare {graph}: {self.why()}")
+        context.name = graph
         context.set_device_memory(arena[scratch], arena.bytes_of(scratch))
         return context
 
@@ -295,7 +296,7 @@ class TensorRTEngine:
     def execute(self, context: Any, stream: Any) -> None:
         """Run a context whose bindings are set."""
         if not context.execute_async_v3(int(stream)):
-            raise EngineError(f"TensorRT failed to run {context.engine.name}: {self.why()}")
+            raise EngineError(f"TensorRT failed to run {context.name}: {self.why()}")
 
     def set_shape(self, context: Any, name: str, shape: Shape) -> None:
         """Of an input of a context. Raises EngineError where the plan has no room for it."""

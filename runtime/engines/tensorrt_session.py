@@ -6,6 +6,7 @@ and so runs beside the context pass. A staging buffer is written again only afte
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swiftvideo.runtime.engine import Float32, Float64, Frames, Int32, Prompt
-from swiftvideo.runtime.errors import ClosedError, UsageError
+from swiftvideo.runtime.errors import ClosedError, EngineError, UsageError
 from swiftvideo.runtime.plugins.kernel import COMMIT, PLACE
 from swiftvideo.runtime.plugins.launch import Launcher, check
 
-from .capturing import uncollected
+from .capturing import captured
 from .cuda import Arena, Pinned, as_kept, layout, to_bits
 from .state import Shape, check_state, floats
 
@@ -285,18 +286,16 @@ class TensorRTSession:
         # changes nothing that the replay does not write again.
         engine.execute(context, stream)
         check(driver, driver.cuStreamSynchronize(stream), "the first run of denoise")
+        # TensorRT-RTX can be asked; TensorRT says so by failing.
         capturable = getattr(context, "is_stream_capturable", None)
         if capturable is not None and not capturable(int(stream)):
-            return run
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        with uncollected():
-            check(driver, driver.cuStreamBeginCapture(stream, mode), "capturing denoise")
-            try:
-                run()
-            except BaseException:
-                driver.cuStreamEndCapture(stream)  # what it says is a consequence
+            return _uncaptured(run, "TensorRT-RTX cannot capture its plan")
+        try:
+            graph = captured(driver, stream, run)
+        except EngineError as error:
+            if capturable is not None:
                 raise
-            graph = check(driver, driver.cuStreamEndCapture(stream), "capturing denoise")
+            return _uncaptured(run, str(error))
         try:
             made = check(driver, driver.cuGraphInstantiate(graph, 0), "capturing denoise")
         finally:
@@ -400,3 +399,11 @@ class TensorRTSession:
             raise ClosedError("this session was closed: open a new one")
         self._engine.enter()
         return self._arena
+
+
+def _uncaptured(run: Callable[[], None], reason: str) -> Callable[[], None]:
+    """What denoises without a graph: right, and slower by what launching every kernel costs."""
+    warnings.warn(
+        f"denoise runs without a CUDA graph, which is slower: {reason}", RuntimeWarning, stacklevel=2
+    )
+    return run

@@ -2,6 +2,7 @@
 
     python -m tests.gpu.plans --json plans.json          # the embedded model; plans are built for the GPU that is there
     python -m tests.gpu.plans --bundle wan.bundle        # another fp32 bundle; one with plans for this GPU keeps them
+    python -m tests.gpu.plans --no-plugins               # where plugins fail: our ops as standard layers
     python -m tests.gpu.plans --rehearse                 # ONNX Runtime in the plans' place: does this program run?
 
 Which of TensorRT and TensorRT-RTX is installed decides what is built. A bundle in bfloat16 has no second engine to
@@ -18,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
 from swiftvideo.runtime.noise import PhiloxNoise
 from swiftvideo.runtime.pipeline import EMBEDDED
-from swiftvideo.runtime.plugins.flavours import FLAVOURS, RTX
+from swiftvideo.runtime.plugins.flavours import FLAVOURS, RTX, parse_target
 from swiftvideo.runtime.rollout import Rollout
 from swiftvideo.sdk.machine import describe
 
@@ -87,6 +89,8 @@ class Difference:
     """How prompts took over."""
     milliseconds: list[float] = dataclasses.field(default_factory=list)
     """Of the first engine's chunks, decoding included."""
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    """Of the engines, such as that denoise runs without a CUDA graph."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,6 +99,14 @@ class Difference:
 
 def compare(manifest: Manifest, ours: Engine, theirs: Engine, policy: PolicySettings) -> Difference:
     """Eight chunks on both engines."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = _compare(manifest, ours, theirs, policy)
+    found.warnings = [str(one.message) for one in said]
+    return found
+
+
+def _compare(manifest: Manifest, ours: Engine, theirs: Engine, policy: PolicySettings) -> Difference:
     found = Difference()
     for first, second in rollouts(manifest, (ours, theirs), policy, 8):
         begin = time.perf_counter()
@@ -126,9 +138,9 @@ def target(capability: int) -> str:
     return f"rtx:sm{capability}" if flavour is RTX else "h200"
 
 
-def build(folder: Path, wanted: str, graph: str) -> dict[str, Any]:
+def build(folder: Path, wanted: str, graph: str, plugins: bool) -> dict[str, Any]:
     """Add a graph's plan to a bundle."""
-    (built,) = build_plans(folder, wanted, graphs=[graph])
+    (built,) = build_plans(folder, wanted, plugins=plugins, graphs=[graph])
     return {"plan": built.info.file, "mib": built.size / 2**20, "peak_mib": built.peak / 2**20}
 
 
@@ -153,25 +165,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bundle", type=Path, default=EMBEDDED)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--no-plugins", action="store_true", help="of the plans that are built here")
     parser.add_argument("--rehearse", action="store_true", help="ONNX Runtime in the place of the plans")
     given = parser.parse_args(arguments)
     opening: Callable[[Manifest], Engine] = OnnxRuntimeEngine if given.rehearse else TensorRTEngine
-    gpu = wanted = None
+    wanted, machine = None, {"gpu": None, "target": None}
     try:
         manifest = Manifest.load(given.bundle)
         if not given.rehearse:
-            found = find_gpus()[0]
-            gpu, wanted = found.name, target(found.capability)
+            gpu = find_gpus()[0]
+            wanted = target(gpu.capability)
+            flavour = parse_target(wanted).flavour
+            machine = {"gpu": gpu.name, "target": wanted, "driver": f"CUDA {gpu.driver}"}
+            machine |= {flavour.name: flavour.installed, "plugins": not given.no_plugins}
     except SwiftVideoError as error:
         print(f"tests.gpu.plans: {error} (docs/hardware.md)", file=sys.stderr)
         return 2
-    record = Record(given.json, {**describe(), "model": manifest.model, "gpu": gpu, "target": wanted})
+    record = Record(given.json, {**describe(), "model": manifest.model, **machine})
     with tempfile.TemporaryDirectory() as place:
         folder = given.bundle
         if wanted is not None and not runs(manifest):
             folder = Path(shutil.copytree(folder, Path(place) / "bundle"))
             for graph in GRAPHS:
-                record.add("build", graph, work=lambda graph=graph: build(folder, wanted, graph))  # type: ignore[misc]
+                record.add(
+                    "build",
+                    graph,
+                    work=lambda graph=graph: build(folder, wanted, graph, not given.no_plugins),  # type: ignore[misc]
+                )
         measure(folder, opening, record)
     right = not record.failed and passed(record.figures, "onnxruntime" if given.rehearse else "tensorrt")
     record.put("passed", value=right)

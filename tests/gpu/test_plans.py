@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from swiftvideo.runtime.engines.cuda import find_gpus
+from swiftvideo.runtime.engines.cuda import Gpu, find_gpus
 from swiftvideo.runtime.errors import EngineUnavailableError
 from swiftvideo.runtime.manifest import GRAPHS, Manifest
 from swiftvideo.runtime.plugins.flavours import RTX, Flavour
@@ -68,6 +68,7 @@ def test_the_rehearsal(program: Any) -> None:
         assert report["passed"] and {check["graph"] for check in report["checks"]} == {graph}
     video = made["videos"]["bridges"]
     assert video["modes"] == ["bridge-only"] and video["latents"] == 0 and len(video["milliseconds"]) == 8
+    assert not video["warnings"]
 
 
 def test_one_failure_loses_nothing_else(
@@ -107,28 +108,32 @@ def test_an_engine_that_does_not_open_fails_the_videos_alone(
     assert all(report["passed"] for report in made["verify"].values())
 
 
+@pytest.mark.parametrize("options", [[], ["--no-plugins"]])
 def test_plans_are_built_one_by_one(
-    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     """On a GPU without plans in the bundle; one that cannot be built does not keep the others."""
     bundles = []
 
-    def build(folder: Path, wanted: str, graph: str) -> dict[str, Any]:
+    def build(folder: Path, wanted: str, graph: str, plugins: bool) -> dict[str, Any]:
         assert wanted == "rtx:sm89" and folder != small_bundle and Manifest.load(folder)
+        assert plugins is not bool(options)
         if graph == "condition":
             raise RuntimeError("no tactic")
         return {"plan": f"trt/{graph}.plan"}
 
-    monkeypatch.setattr(plans, "find_gpus", lambda: [SimpleNamespace(name="A test", capability=89)])
+    monkeypatch.setattr(plans, "find_gpus", lambda: [Gpu(0, "A test", 89, "13.0", 8 << 30)])
     monkeypatch.setattr(plans, "target", lambda capability: f"rtx:sm{capability}")
     monkeypatch.setattr(plans, "runs", lambda manifest: False)
     monkeypatch.setattr(plans, "build", build)
     monkeypatch.setattr(plans, "measure", lambda folder, opening, record: bundles.append((folder, opening)))
     path = tmp_path / "plans.json"
-    assert plans.main(["--bundle", str(small_bundle), "--json", str(path)]) == 1
+    monkeypatch.setattr(Flavour, "installed", "1.7.1")
+    assert plans.main(["--bundle", str(small_bundle), "--json", str(path), *options]) == 1
     made = json.loads(path.read_text())
     assert list(made["build"]) == list(GRAPHS) and made["failed"] == ["build/condition"]
     assert made["build"]["denoise"] == {"plan": "trt/denoise.plan"} and made["gpu"] == "A test"
+    assert made["driver"] == "CUDA 13.0" and made["tensorrt_rtx"] == "1.7.1"
     assert [opening for _, opening in bundles] == [plans.TensorRTEngine]
 
 

@@ -75,6 +75,7 @@ class FakeDriver:
         self.launches: list[Launch] = []
         self.on_launch: Callable[[Launch], None] | None = None
         self.capturing: dict[int, list[Callable[[], None]]] = {}
+        self.recorded: dict[int, list[Callable[[], None]]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._next = 1
         self._thread = threading.local()
@@ -191,9 +192,7 @@ class FakeDriver:
     def _succeed(self, *_: Any) -> tuple[int]:
         return (0,)
 
-    cuCtxSynchronize = cuStreamDestroy = cuEventDestroy = cuEventRecord = cuEventSynchronize = (
-        cuGraphDestroy
-    ) = _succeed
+    cuCtxSynchronize = cuStreamDestroy = cuEventDestroy = cuEventRecord = cuEventSynchronize = _succeed
 
     def cuStreamSynchronize(self, stream: Any) -> tuple[int]:
         assert int(stream) not in self.capturing, "a capture must not wait"
@@ -205,10 +204,15 @@ class FakeDriver:
 
     def cuStreamEndCapture(self, stream: Any) -> tuple[int, int]:
         code, handle = self._handle()
-        self.graphs[handle] = self.capturing.pop(int(stream))
+        self.recorded[handle] = self.capturing.pop(int(stream))
         return code, handle
 
+    def cuGraphDestroy(self, graph: int) -> tuple[int]:
+        del self.recorded[graph]
+        return (0,)
+
     def cuGraphInstantiate(self, graph: int, _: int) -> tuple[int, int]:
+        self.graphs[graph] = self.recorded[graph]
         return 0, graph
 
     def cuGraphLaunch(self, graph: int, _: Any) -> tuple[int]:

@@ -86,7 +86,7 @@ class Network:
     device_memory_size_v2 = 4100  # such that what follows it is not aligned by itself
 
     def __init__(self, graph: str, manifest: Manifest, driver: FakeDriver) -> None:
-        self.name, self.driver = graph, driver
+        self.driver = driver
         assert manifest.folder is not None
         bundle = manifest.folder
         self.sizes = sizes(manifest, graph)
@@ -131,7 +131,7 @@ class Context:
     """Runs a network on addresses."""
 
     def __init__(self, network: Network) -> None:
-        self.engine = network
+        self.engine, self.name = network, ""
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.captured: dict[str, tuple[int, ...]] | None = None

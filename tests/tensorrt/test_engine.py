@@ -87,7 +87,7 @@ def engine(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tens
     made = TensorRTEngine(manifest)
     yield made
     made.close()
-    assert not driver.capturing
+    assert not driver.capturing and not driver.recorded
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -373,17 +373,20 @@ def begun(engine: TensorRTEngine, manifest: Manifest) -> Rollout:
     return Rollout(engine, POLICIES["bridges"], engine.condition(embeds(manifest, 0)), noise)
 
 
+def refusing(driver: FakeDriver) -> Any:
+    """`execute_async_v3` that fails within a capture."""
+    execute = Context.execute_async_v3
+    return lambda self, stream: int(stream) not in driver.capturing and execute(self, stream)
+
+
 def test_a_capture_that_fails_is_ended_and_names_its_cause(
     engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """TensorRT-RTX, which said before that it would not."""
     before, driver = dict(engine.driver.allocated), engine.driver
     rollout = begun(engine, manifest)
-    execute = Context.execute_async_v3
-
-    def failing(self: Context, stream: int) -> bool:
-        return int(stream) not in driver.capturing and execute(self, stream)
-
-    monkeypatch.setattr(Context, "execute_async_v3", failing)
+    monkeypatch.setattr(Context, "is_stream_capturable", lambda *_: True, raising=False)
+    monkeypatch.setattr(Context, "execute_async_v3", refusing(driver))
     with pytest.raises(EngineError, match="failed to run denoise"):
         rollout.advance()
     rollout.close()
@@ -408,12 +411,31 @@ def test_nothing_is_collected_while_denoise_is_captured(
     assert seen == {(True, False), (False, True)} and gc.isenabled()
 
 
+@pytest.mark.parametrize("product", ["TensorRT-RTX", "TensorRT"])
 def test_a_plan_that_cannot_be_captured_runs_all_the_same(
-    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, product: str
 ) -> None:
+    """TensorRT-RTX says so when it is asked, TensorRT by failing."""
     wanted = begun(engine, manifest).advance().latents
-    monkeypatch.setattr(Context, "is_stream_capturable", lambda *_: False, raising=False)
+    if product == "TensorRT":
+        reason = "TensorRT failed to run denoise"
+        monkeypatch.setattr(Context, "execute_async_v3", refusing(engine.driver))
+    else:
+        reason = "TensorRT-RTX cannot capture its plan"
+        monkeypatch.setattr(Context, "is_stream_capturable", lambda *_: False, raising=False)
     graphs = len(engine.driver.graphs)
     rollout = begun(engine, manifest)
-    np.testing.assert_array_equal(rollout.advance().latents, wanted)
+    with pytest.warns(RuntimeWarning, match=f"denoise runs without a CUDA graph, which is slower: {reason}"):
+        latents = rollout.advance().latents
+    np.testing.assert_array_equal(latents, wanted)
+    rollout.advance()  # says it no second time
     assert len(engine.driver.graphs) == graphs
+
+
+def test_a_comparison_keeps_what_was_warned_of(
+    engine: TensorRTEngine, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "execute_async_v3", refusing(engine.driver))
+    found = compare(manifest, engine, OnnxRuntimeEngine(manifest, threads=1), POLICIES["bridges"])
+    assert found.latents <= 2e-5 and found.warnings
+    assert all(text.startswith("denoise runs without a CUDA graph") for text in found.warnings)
