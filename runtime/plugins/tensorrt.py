@@ -123,7 +123,7 @@ def _plugin_class(trt: Any) -> type[Any]:
             self.layer, self.scale, self.kernel = layer, scale, kernel
             self.launcher: Launcher | None = None
             self.split: Split | None = None
-            self.serialised: list[tuple[Any, Any]] = []
+            self.serialised: tuple[Any, list[tuple[Any, Any]]] | None = None
 
         # -- core
 
@@ -172,9 +172,12 @@ def _plugin_class(trt: Any) -> type[Any]:
         # -- run time
 
         def get_fields_to_serialize(self) -> Any:
-            # Fields point at their arrays, and a collection at its fields: all live as long as the plugin.
-            self.serialised = fields(trt, self.kernel, self.layer, self.scale)
-            return trt.PluginFieldCollection([field for field, _ in self.serialised])
+            # TensorRT reads the collection's own memory after this returns, and fields point at their arrays: all of
+            # it lives as long as the plugin.
+            made = fields(trt, self.kernel, self.layer, self.scale)
+            collection = trt.PluginFieldCollection([field for field, _ in made])
+            self.serialised = collection, made
+            return collection
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             """Shapes come with every enqueue."""
