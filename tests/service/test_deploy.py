@@ -50,7 +50,8 @@ def test_the_image_starts_a_safe_server_as_a_user_without_rights() -> None:
     options = parsed(command[2:])
     assert options["host"] == "0.0.0.0" and not options["insecure"]
     assert options["tokens"] and options["certificate"] and options["key"]
-    assert found["USER"] not in ("root", "0") and found["STOPSIGNAL"] == "SIGTERM"
+    assert int(found["USER"]) > 0 and f"--uid {found['USER']} " in (DEPLOY / "Dockerfile").read_text()
+    assert found["STOPSIGNAL"] == "SIGTERM"
     assert str(options["metrics_port"]) in found["EXPOSE"].split()
     assert f"http://127.0.0.1:{options['metrics_port']}/healthz" in found["HEALTHCHECK"]
     assert f"mkdir -m 700 {options['snapshots']} " in (DEPLOY / "Dockerfile").read_text()
