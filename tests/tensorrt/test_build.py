@@ -388,8 +388,8 @@ def test_reports_of_the_log_and_of_the_inspector_read_alike() -> None:
 
 
 class Timings:
-    """A builder's configuration of TensorRT 11, as far as measured tactics go: it makes no cache of broken content, and
-    takes none of another machine."""
+    """A builder's configuration, as far as measured tactics go. NVIDIA says that one takes no cache of another machine,
+    and not what it makes of broken content: here that is none."""
 
     def __init__(self) -> None:
         self.taken: bytes | None = None
