@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import EngineError
 from .geometry import Geometry
 
 Float32 = NDArray[np.float32]
@@ -25,13 +26,23 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A prompt that an engine has encoded; only that engine can use it."""
+    """A prompt that an engine has encoded; only that engine can use it.
+
+    Raises EngineError where the signature is not finite: all video from it would be NaN.
+    """
 
     text: str
     signature: Float32
     """[B,D] (algorithm.md, section 4)."""
     cross: Any
     """K and V of the text for every layer, as the engine keeps them."""
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.signature).all():
+            raise EngineError(
+                "a prompt's signature is not finite: the text encoder overflowed or the weights are damaged; "
+                "run `swiftvideo verify` on the bundle"
+            )
 
 
 class EngineSession(Protocol):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ._core import Cache
 from .engine import EngineSession, Float32, Prompt
-from .errors import EngineError, SettingsError, UsageError
+from .errors import SettingsError, UsageError
 from .geometry import Geometry, Mode, PolicySettings, WindowSettings
 from .positions import rotation, time_tables
 from .telemetry import Stopwatch
@@ -54,18 +54,10 @@ def _fading(frames: int, tau: float) -> float:
 
 
 def switch_strength(old: Float32, new: Float32) -> NDArray[np.float64]:
-    """rho, float64 [B], of signatures [B,D]: clamp(1 - cosine, 0, 1) (algorithm.md, section 4).
-
-    Raises EngineError where a signature is not finite.
-    """
+    """rho, float64 [B], of signatures [B,D]: clamp(1 - cosine, 0, 1) (algorithm.md, section 4)."""
     a, b = old.astype(np.float64), new.astype(np.float64)
     norms = np.maximum(np.linalg.norm(a, axis=1), 1e-6) * np.maximum(np.linalg.norm(b, axis=1), 1e-6)
     rho: NDArray[np.float64] = np.clip(1.0 - (a * b).sum(1) / norms, 0.0, 1.0)
-    if not np.isfinite(rho).all():
-        raise EngineError(
-            "a prompt's signature is not finite: the text encoder overflowed or the weights are damaged; "
-            "run `swiftvideo verify` on the bundle"
-        )
     return rho
 
 

@@ -65,9 +65,8 @@ class Texts:
             except BaseException:
                 kept.close()
                 raise
-        prompt = Prompt(text, signature, kept)
         weakref.finalize(kept, _free, driver, engine.context_handle, kept["cross_k"]).atexit = False
-        return prompt
+        return Prompt(text, signature, kept)
 
     def _run(self, feeds: dict[str, Array], graphs: tuple[str, ...], kept: Arena) -> Array:
         """The signature; `kept` has the K and V afterwards."""

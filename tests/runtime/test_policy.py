@@ -120,9 +120,12 @@ def test_strength_is_compared_as_it_is_not_rounded_to_float32() -> None:
     assert 0.04 <= switch_strength(old, new)[0] < 0.04 + 1e-15  # in float32 it is below 0.04
 
 
-def test_a_signature_that_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_a_prompt_whose_signature_is_not_finite_is_refused(pipeline: Pipeline, value: float) -> None:
+    """Any prompt, a video's first too: there is no switch whose strength would tell."""
+    g = pipeline.geometry
     with pytest.raises(EngineError, match="signature is not finite"):
-        switch_strength(np.ones((1, 2), np.float32), np.array([[1, np.nan]], np.float32))
+        pipeline.engine.condition(np.full((1, g.text_len, g.text_dim), value, np.float32))
 
 
 # -- what each policy does ---------------------------------------------------------------------------------------

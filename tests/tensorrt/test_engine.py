@@ -119,6 +119,13 @@ def test_prompts_are_encoded_alike(manifest: Manifest, engine: TensorRTEngine) -
     assert len(engine.driver.allocated) == before - 1, "a prompt's tensors go with it"
 
 
+def test_a_refused_prompt_leaves_no_memory_behind(engine: TensorRTEngine) -> None:
+    g, before = engine.geometry, len(engine.driver.allocated)
+    with pytest.raises(EngineError, match="signature is not finite"):
+        engine.condition(np.full((1, g.text_len, g.text_dim), 3e38, np.float32))
+    assert len(engine.driver.allocated) == before
+
+
 def test_prompts_are_made_in_any_thread_and_freed_in_any(
     manifest: Manifest, engine: TensorRTEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
