@@ -95,7 +95,8 @@ async def killed(manager: SessionManager) -> ServedSession:
     while not session.stored:
         await asyncio.sleep(0.01)
     manager.give_up(session, "as a kill would")
-    while manager.sessions:
+    assert manager.recovery is not None
+    while manager.sessions or manager.recovery.writes(session):  # a second snapshot may still be on its way
         await asyncio.sleep(0.01)
     return session
 
