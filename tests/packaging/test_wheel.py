@@ -129,3 +129,17 @@ def test_a_free_threaded_python_is_refused_in_a_sentence(tmp_path: Path) -> None
     assert result.returncode != 0
     said = " ".join(result.stderr.split())
     assert f"{sys.executable} is a free-threaded Python" in said and "use the ordinary Python" in said
+
+
+def test_missing_headers_are_named_with_their_packages(tmp_path: Path) -> None:
+    """Debian, Ubuntu and Fedora install Python without them."""
+    result = configure(
+        tmp_path,
+        "import sysconfig\n"
+        "real = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *a, **b: '/nowhere' if 'include' in name else real(name, *a, **b)\n",
+    )
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert f"The headers of {sys.executable} are not there" in said
+    assert f"'apt install python{sys.version_info.major}.{sys.version_info.minor}-dev'" in said
