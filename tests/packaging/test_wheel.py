@@ -106,6 +106,13 @@ def configure(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+def refusal(folder: Path, python: str) -> str:
+    """What CMake says, on one line, where it ends with an error; see `configure`."""
+    result = configure(folder, python)
+    assert result.returncode != 0
+    return " ".join(result.stderr.split())
+
+
 def test_a_wheel_that_a_later_python_builds_serves_the_earlier_ones_too(tmp_path: Path) -> None:
     """From 3.15 on the first suffix of the stable ABI names the machine, and 3.11 to 3.13 do not know that one."""
     result = configure(
@@ -120,26 +127,22 @@ def test_a_wheel_that_a_later_python_builds_serves_the_earlier_ones_too(tmp_path
 
 
 def test_a_free_threaded_python_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    result = configure(
+    said = refusal(
         tmp_path,
         "import sysconfig\n"
         "real = sysconfig.get_config_var\n"
         "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else real(name)\n",
     )
-    assert result.returncode != 0
-    said = " ".join(result.stderr.split())
     assert f"{sys.executable} is a free-threaded Python" in said and "use the ordinary Python" in said
 
 
 def test_missing_headers_are_named_with_their_packages(tmp_path: Path) -> None:
     """Debian, Ubuntu and Fedora install Python without them."""
-    result = configure(
+    said = refusal(
         tmp_path,
         "import sysconfig\n"
         "real = sysconfig.get_path\n"
         "sysconfig.get_path = lambda name, *a, **b: '/nowhere' if 'include' in name else real(name, *a, **b)\n",
     )
-    assert result.returncode != 0
-    said = " ".join(result.stderr.split())
     assert f"The headers of {sys.executable} are not there" in said
     assert f"'apt install python{sys.version_info.major}.{sys.version_info.minor}-dev'" in said

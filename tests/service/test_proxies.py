@@ -14,7 +14,7 @@ from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.server.config import ServerConfig
 from swiftvideo.sdk.server.server import Server
 
-from .harness import Record, serving
+from .harness import CuttingProxy, Record, serving
 from .peers import HEADERS, PREFACE, RESET, frame
 
 INTERNAL_ERROR, CANCEL = 2, 8
@@ -22,32 +22,20 @@ INTERNAL_ERROR, CANCEL = 2, 8
 CHUNKS = 6
 
 
-class ResettingProxy:
+class ResettingProxy(CuttingProxy):
     """Carries HTTP/2 in clear text frame by frame, and resets the calls that are open on both sides when told to."""
 
     def __init__(self, port: int, code: int) -> None:
-        self._port = port
+        super().__init__(port)
         self._code = struct.pack(">I", code)
-        self._ends: list[asyncio.StreamWriter] = []
         self._streams: set[int] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self.resets = 0
 
-    async def start(self) -> str:
-        """Listen; the address."""
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self._ends += [writer, far_writer]
-        far_writer.write(await reader.readexactly(len(PREFACE)))
-        for source, sink, asks in ((reader, far_writer, True), (far_reader, writer, False)):
-            task = asyncio.create_task(self._carry(source, sink, asks))
-            self._tasks.add(task)
-
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asks: bool) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asks = writer.get_extra_info("peername")[1] == self._port
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            if asks:
+                writer.write(await reader.readexactly(len(PREFACE)))
             while True:
                 head = await reader.readexactly(9)
                 if asks and head[3] == HEADERS:
@@ -59,17 +47,10 @@ class ResettingProxy:
     def reset(self) -> None:
         """End every call without a word; the connections stay."""
         for stream in self._streams:
-            for end in self._ends:
+            for end in self._writers:
                 end.write(frame(RESET, 0, stream, self._code))
         self.resets += len(self._streams)
         self._streams.clear()
-
-    async def close(self) -> None:
-        """End it."""
-        self._server.close()
-        for end in self._ends:
-            end.close()
-        await asyncio.gather(*self._tasks)
 
 
 @pytest.mark.parametrize("code", [INTERNAL_ERROR, CANCEL])
