@@ -87,27 +87,42 @@ class ServerProcess:
 
     def counters(self) -> dict[str, float]:
         """What must not grow. Where there is no /proc, Prometheus's own metrics have nothing of the process."""
-        found, process = self.metrics(), psutil.Process(self.process.pid)
-        states = ("attached", "detached", "starting")
+        process = psutil.Process(self.process.pid)
+        descriptors = (
+            process.num_fds()
+        )  # asking for metrics opens one, which closes a moment after the answer
+        found, states = self.metrics(), ("attached", "detached", "starting")
         return {
             "sessions": sum(found[f'swiftvideo_sessions{{state="{state}"}}'] for state in states),
             "caches": found["swiftvideo_session_caches"],
             "tasks": found["swiftvideo_tasks"],
             "threads": found["swiftvideo_threads"],
-            "descriptors": process.num_fds(),
+            "descriptors": descriptors,
             "rss": process.memory_info().rss,
             "after_cancel": found["swiftvideo_forwards_after_cancel"],
         }
 
-    def idle(self, seconds: float = 30.0) -> dict[str, float]:
-        """The counters once no session is left, or after so long."""
+    def idle(self, seconds: float = 30.0, still: float = 0.5) -> dict[str, float]:
+        """The counters once no session is left, or after so long: of what may be late, the lowest.
+
+        Tasks and connections of calls that have just ended still fall; what leaks does not. It ends when nothing has
+        fallen for `still` seconds.
+        """
         end = time.monotonic() + seconds
-        while True:
-            counters = self.counters()
-            if (not counters["sessions"] and not counters["caches"]) or time.monotonic() > end:
-                time.sleep(0.3)  # tasks of calls that have just ended
-                return self.counters()
+        found = self.counters()
+        while (found["sessions"] or found["caches"]) and time.monotonic() < end:
             time.sleep(0.05)
+            found = self.counters()
+        lowest, fell = {name: found[name] for name in ("tasks", "threads", "descriptors")}, time.monotonic()
+        while time.monotonic() < fell + still:
+            time.sleep(0.05)
+            found = self.counters()
+            if any(found[name] < value for name, value in lowest.items()):
+                lowest, fell = (
+                    {name: min(found[name], value) for name, value in lowest.items()},
+                    time.monotonic(),
+                )
+        return found | lowest
 
     def terminate(self) -> float:
         """SIGTERM; seconds until the process was gone."""
