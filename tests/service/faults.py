@@ -61,6 +61,7 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
                 t.done() for t in tasks
             ):
                 await asyncio.sleep(0.01)
+            await written(folder, len(made))
             await asyncio.to_thread(server.kill)
             at_kill = {seed: len(chunks) for seed, chunks in made.items()}
             server.__exit__()
@@ -89,6 +90,14 @@ async def kills(bundle: Path, folder: Path, pipeline: Any, rounds: int, interval
         "chunks_made_again": lost,
         "sessions_that_differ": sum(map(bool, differing)),
     }
+
+
+async def written(folder: Path, sessions: int, seconds: float = 60.0) -> None:
+    """Wait until so many sessions have a snapshot: no chunk waits for it, so on a busy machine it comes late."""
+    patience = time.monotonic() + seconds
+    while (found := len(list(folder.glob("*.json")))) < sessions:
+        assert time.monotonic() < patience, f"{found} of {sessions} sessions have a snapshot"
+        await asyncio.sleep(0.02)
 
 
 def _restored(server: ServerProcess, count: int) -> dict[str, int]:

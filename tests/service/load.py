@@ -141,9 +141,12 @@ async def overload(server: ServerProcess, capacity: int, chunks: int, rounds: in
                 await asyncio.sleep(1.0)  # what the hints ask for, at least
 
     for _ in range(rounds):
+        await asyncio.to_thread(server.idle)  # a session that has just ended still has its place
         _, alone = await reading(server, capacity, chunks)
+        await asyncio.to_thread(server.idle)
         work = asyncio.create_task(reading(server, capacity, chunks))
-        await asyncio.to_thread(_until_full, server, capacity)
+        while (await asyncio.to_thread(server.counters))["sessions"] < capacity and not work.done():
+            await asyncio.sleep(0.02)
         strangers = [asyncio.create_task(stranger(work)) for _ in range(3 * capacity)]
         _, crowded = await work
         await asyncio.gather(*strangers)
@@ -158,11 +161,6 @@ async def overload(server: ServerProcess, capacity: int, chunks: int, rounds: in
         "rate_kept": round(float(np.median(kept)), 4),
         "rate_kept_in_rounds": [round(rate, 3) for rate in sorted(kept)],
     }
-
-
-def _until_full(server: ServerProcess, count: int) -> None:
-    while server.counters()["sessions"] < count:
-        time.sleep(0.02)
 
 
 async def latency(server: ServerProcess, pipeline: Any, rounds: int, text: str, other: str) -> dict[str, Any]:

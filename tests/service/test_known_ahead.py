@@ -21,6 +21,7 @@ from swiftvideo.sdk.server.server import Server
 from swiftvideo.sdk.server.status import Refusal
 from swiftvideo.v1 import generation_pb2 as pb
 
+from .faults import written
 from .harness import (
     CuttingProxy,
     Record,
@@ -146,12 +147,14 @@ def test_a_cut_before_started_is_an_error_and_the_session_ends_in_its_time(serve
 def test_a_session_from_a_snapshot_knows_them(
     small_bundle: Path, tmp_path: Path, pipeline: Any, chunks: int
 ) -> None:
-    arguments = ("--snapshots", str(tmp_path / "s"), "--snapshot-chunks", "1", "--max-load", "0")
+    folder = tmp_path / "s"
+    arguments = ("--snapshots", str(folder), "--snapshot-chunks", "1", "--max-load", "0")
     record = Record()
     with ServerProcess(small_bundle, *arguments) as running, Client(running.address, timeout=120) as client:
         with client.generate("w1 w2", 3, prompts=AHEAD, credits=1, linger=60, chunks=CHUNKS) as video:
             for _ in range(chunks):
                 record.take(video, next(video))
+            asyncio.run(written(folder, 1))
             running.kill()
             with ServerProcess(small_bundle, *arguments, port=running.port) as again:
                 for chunk in video:
