@@ -213,7 +213,6 @@ class Recovery:
         for id, number, text, heard in stored.prompts:
             if number < asked:
                 session.prompts[id] = Known(number, text, heard)
-            if stored.applied <= number < asked:
                 session.names[number] = id
         session.stored = True
         log.info("session restored", extra={"session": session.id, "chunks": stored.index})

@@ -137,7 +137,7 @@ class ServedSession:
     asked_at: dict[int, float | None] = field(default_factory=dict)
     """When prompts that wait were asked for, by number; None where they are for a later chunk, and wait for that."""
     names: dict[int, str] = field(default_factory=dict)
-    """The client's ids by number, from the one in force on."""
+    """The client's ids by number, of the prompt in force and of those that wait; after a restore earlier ones, too."""
     naming: threading.Lock = field(default_factory=threading.Lock)
     """Held from asking for a prompt until its name is known and its acceptance is on its way."""
 
@@ -304,11 +304,10 @@ class ServedSession:
         assert kept is not None and chunk is not None
         waited = None
         if chunk.mode:
+            self.names.pop(self.applied, None)  # others with smaller numbers may wait for later chunks
             self.applied = chunk.prompt_id
             asked = self.asked_at.pop(chunk.prompt_id, None)
             waited = None if asked is None else time.monotonic() - asked
-            for number in [number for number in self.names if number < chunk.prompt_id]:
-                del self.names[number]
         self.delivered = kept.index + 1
         if kept.index < self.presented:  # made again after a restart; the client has it
             return waited
