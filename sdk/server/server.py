@@ -38,7 +38,7 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # counts in place of keepalive_timeout_ms; a minute by default
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS, and of HTTP/2's beginning; two minutes by default
     ("grpc.max_connection_idle_ms", 600_000),  # once or twice that without a call; clients connect again
     ("grpc.max_connection_age_ms", 3_600_000),  # then open calls go on, and further ones connect again

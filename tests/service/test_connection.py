@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 
 from swiftvideo.runtime.errors import SettingsError, UsageError
-from swiftvideo.sdk import aio, cli
+from swiftvideo.sdk import aio, cli, connection
 from swiftvideo.sdk.address import is_local
 from swiftvideo.sdk.client import Client
 from swiftvideo.sdk.remote import UnavailableError
+from swiftvideo.sdk.server import server
 
 TOKEN = "a-token-0123456789"
 ROOTS = Path(grpc.__file__).parent / "_cython/_credentials/roots.pem"
@@ -202,3 +206,12 @@ def test_where_no_server_is_the_error_says_what_to_do() -> None:
 def test_an_asynchronous_client_is_made_in_a_running_loop() -> None:
     with pytest.raises(UsageError, match="make it in an `async def`"):
         aio.Client("localhost:1")
+
+
+@pytest.mark.parametrize("module", [connection, server])
+def test_every_option_is_one_that_grpc_knows(module: ModuleType) -> None:
+    """It passes others over without a word. Its library has the names that it looks for."""
+    assert module.__file__ is not None
+    names = re.findall(r'"(grpc\.[a-z0-9_.]+)"', Path(module.__file__).read_text(encoding="utf-8"))
+    library = Path(cygrpc.__file__).read_bytes()
+    assert len(names) > 5 and [name for name in names if name.encode() + b"\0" not in library] == []
