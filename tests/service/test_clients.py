@@ -1,4 +1,4 @@
-"""Clients against a real server: Python, sync and async, the command line, and one in another language."""
+"""Clients against a real server: Python, sync and async, and the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import math
-import shutil
 import signal
 import socket
 import subprocess
@@ -34,9 +33,6 @@ from swiftvideo.v1 import generation_pb2 as pb
 from tests.interrupting import interrupted
 
 from .harness import METHOD, ServerProcess, heard, proxied, reference
-
-ROOT = Path(__file__).parents[2]
-NODE = Path(__file__).parent / "node"
 
 
 def test_frames_are_those_of_the_runtime_and_prompts_take_over(server: ServerProcess, pipeline: Any) -> None:
@@ -407,49 +403,3 @@ def test_the_sample_of_viewers(server: ServerProcess) -> None:
     for number in range(3):
         modes = [line.split("  ")[1] for line in told if line.startswith(f"viewer {number}: ")]
         assert len(modes) == 8 and [mode != "" for mode in modes].count(True) == 1 and not any(modes[:3])
-
-
-def node_modules(folder: Path) -> Path | None:
-    """Where @grpc/grpc-js is: beside the client, or freshly installed; None where it cannot be."""
-    if (NODE / "node_modules/@grpc/grpc-js").is_dir():
-        return NODE / "node_modules"
-    npm = shutil.which("npm")
-    if npm is None:
-        return None
-    shutil.copy(NODE / "package.json", folder)
-    command = [npm, "install", "--silent", "--no-audit", "--no-fund"]
-    try:
-        subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return None
-    return folder / "node_modules"
-
-
-def test_a_client_in_another_language_runs_a_session(
-    server: ServerProcess, pipeline: Any, tmp_path: Path
-) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    modules = node_modules(tmp_path)
-    if modules is None:
-        pytest.skip("npm cannot install @grpc/grpc-js here")
-    shutil.copy(NODE / "client.js", tmp_path)
-    if modules != tmp_path / "node_modules":
-        (tmp_path / "node_modules").symlink_to(modules)
-    out = tmp_path / "frames.rgb"
-    command = [node, "client.js", server.address, str(ROOT / "protos"), str(out)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    seen = report["seen"]
-    assert report["code"] == 0 and seen[:3] == ["started", "promptAccepted", "chunk"] and seen[-1] == "ended"
-    assert seen.count("chunk") == 8
-    applied = [at for at, kind in enumerate(seen) if kind == "promptApplied"]
-    assert len(applied) == 2 and all(seen[at + 1] == "chunk" for at in applied)
-    ahead = pb.Prompt(text="w3 w4", at_chunk=3)
-    possible = [
-        reference(pipeline, 5, 8, [ahead, pb.Prompt(text="w9 w10", at_chunk=6, heard_chunk=n)])
-        for n in (2, 3)
-    ]
-    assert out.read_bytes() in [b"".join(frames) for frames in possible]

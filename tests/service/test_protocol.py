@@ -81,3 +81,10 @@ def test_the_largest_reattach_fits_into_a_request() -> None:
     text = (PROTOS / "swiftvideo/v1/generation.proto").read_text()
     for limit in (f"{MAX_REQUEST // 1024} KiB", f"at most {MAX_PROMPTS},", f"at most {MAX_TEXT} bytes"):
         assert limit in text
+
+
+def test_there_are_options_for_languages_that_want_them() -> None:
+    """Without go_package protoc-gen-go makes nothing; without the other one all of Java's messages are in one class."""
+    options = pb.DESCRIPTOR.GetOptions()
+    path, _, name = options.go_package.partition(";")
+    assert path == "swiftvideo/v1" and name == "swiftvideov1" and options.java_multiple_files
