@@ -50,7 +50,8 @@ def open_torch(
 
     Raises:
         BundleError: the bundle is missing, was changed, or does not record its weights.
-        EngineUnavailableError: no such device.
+        EngineUnavailableError: torch sees no such device.
+        SettingsError: `device` names none, or `path` cannot be a name.
     """
     chosen = torch_device(device)
     if threads is not None:

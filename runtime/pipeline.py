@@ -83,7 +83,7 @@ class Pipeline:
         return self._tokenizer.words
 
     def encode(self, text: str) -> Prompt:
-        """Encode a prompt, for use in any session of this pipeline. Raises PromptError."""
+        """Encode a prompt, for use in any session of this pipeline. Raises PromptError, EngineError, ClosedError."""
         self._check_open()
         ids, mask = self._tokenizer.encode(text)
         return self.engine.encode(ids, mask, text)
@@ -100,6 +100,7 @@ class Pipeline:
         Raises:
             PromptError: the prompt is empty, too long, or has unknown words.
             SettingsError: the settings do not fit the model, or the seed is out of range.
+            EngineError: the prompt could not be encoded, or its signature is not finite.
             OutOfMemoryError: no memory for another session.
             ClosedError: the pipeline was closed.
         """

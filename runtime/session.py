@@ -137,6 +137,7 @@ class Session:
         Raises:
             PromptError: empty, too long, or with words that the model does not know.
             UsageError: `at_frame` lies before the next boundary, or is no whole number.
+            EngineError: it could not be encoded, or its signature is not finite.
             ClosedError: the session was closed.
         """
         self._check_open()
@@ -160,8 +161,8 @@ class Session:
             EngineError: the engine failed.
             StoppedError: `interrupt` said so.
 
-        Whatever is raised within, KeyboardInterrupt too, closes the session, for its memory is undefined then. Where
-        it must go on, `save` it before.
+        Whatever is raised while a chunk is made, KeyboardInterrupt too, closes the session, for its memory is undefined
+        then. To go on after that, `save` the session before and `Pipeline.restore` it.
         """
         return self._alone(self._next, fatal=True)
 

@@ -1,6 +1,7 @@
 """Save a session to a file, open it again, and go on with exactly the same video.
 
-Elsewhere, too, with the same kind of processor and number of threads; with others a frame's values may differ by one.
+Another machine makes the same video if its kind of processor and the number of threads are the same; else values may
+differ by one.
 
 python samples/resume.py session.safetensors
 """

@@ -1,6 +1,7 @@
 """Viewers of one server at once, each with a video of its own; after three chunks they swap prompts.
 
-swiftvideo serve
+Needs pip install '.[serve]', and a server in another terminal: swiftvideo serve
+
 python samples/viewers.py localhost:50051 "a red circle moving right at night" "a blue cross bouncing at dawn"
 """
 
@@ -25,4 +26,7 @@ async def main(address: str, prompts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2:]))
+    address, *prompts = sys.argv[1:] or ["localhost:50051"]
+    asyncio.run(
+        main(address, prompts or ["a red circle moving right at night", "a blue cross bouncing at dawn"])
+    )

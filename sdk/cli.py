@@ -87,7 +87,7 @@ def generate(
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
     server: Annotated[
-        str | None, typer.Option("--server", help="HOST:PORT of a server to make it; not in this process.")
+        str | None, typer.Option("--server", help="Let the server at HOST:PORT make it.")
     ] = None,
     token: Annotated[
         str | None, typer.Option("--token", envvar="SWIFTVIDEO_TOKEN", help="Bearer token for --server.")
@@ -95,7 +95,8 @@ def generate(
     tls: Annotated[
         bool | None,
         typer.Option(
-            "--tls/--no-tls", help="For --server; if absent with PEM files, or a token for elsewhere."
+            "--tls/--no-tls",
+            help="For --server; if absent: TLS with PEM files, or with a token for another machine.",
         ),
     ] = None,
     root: Annotated[
