@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,8 @@ import typer
 from swiftvideo.runtime import PolicySettings, load
 from swiftvideo.runtime.pipeline import EMBEDDED
 from swiftvideo.sdk.cli import app
+from swiftvideo.sdk.generate import Report, Switch
+from swiftvideo.sdk.story import parse_story
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -77,6 +80,42 @@ def test_the_policy_page_has_every_setting_and_its_default() -> None:
         else:
             expected[field.name] = value
     assert {name: told.strip("`") for name, told in rows} == {name: str(it) for name, it in expected.items()}
+
+
+def test_the_command_s_page_has_a_story_that_is_one_and_the_keys_of_the_report() -> None:
+    page = PAGES["docs/cli.md"]
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    story = parse_story(block)
+    assert (story.seconds, story.seed, story.policy) == (12, 7, "swift")
+    assert [cue.at for cue in story.cues] == [0, 4]
+    keys = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ", page.partition("## `generate --json`")[2], re.M)
+    switch = Switch("", 0.0, 0.0, 0, "cut", None)
+    report = Report(Path("a.mp4"), 64, 64, 12, 7, None, "onnxruntime", switches=[switch]).as_json()
+    assert sorted(re.findall(r"\w+", " ".join(keys))) == sorted(report)
+    (row,) = re.findall(r"^\| `switches` \| (.*)$", page, re.M)
+    assert {"prompt", *report["switches"][0]} == set(re.findall(r"`(\w+)`", row))
+
+
+def test_the_export_s_page_has_a_model_json_that_is_one_and_every_key() -> None:
+    pytest.importorskip("torch", reason="models need torch: pip install 'swiftvideo[export]'")
+    from swiftvideo.export.model_info import ModelInfo
+
+    page = PAGES["docs/export.md"]
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    assert ModelInfo.parse(json.loads(block), "docs/export.md") == ModelInfo(name="longlive-1.3b")
+    table = page.partition("| key | meaning | if absent |")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| (`.*?`) \| .* \| (.*?) \|$", table, re.M))
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == {
+        field.name for field in dataclasses.fields(ModelInfo)
+    }
+    numbers = {
+        name: value
+        for names, told in rows.items()
+        for name, value in zip(re.findall(r"\w+", names), told.split(", "), strict=False)
+        if re.fullmatch(r"[\d.]+", value) and name != "steps"
+    }
+    assert len(numbers) == 10
+    assert {name: str(getattr(ModelInfo(), name)) for name in numbers} == numbers
 
 
 @pytest.mark.skipif(
