@@ -287,7 +287,11 @@ def bench(
     threads: Threads = None,
     memory_chunks: Annotated[
         int,
-        typer.Option("--memory-chunks", min=0, help="Compare memory at chunk 20 and at this one; 0: do not."),
+        typer.Option(
+            "--memory-chunks",
+            min=0,
+            help="Compare memory at chunk 20 and at this one, which takes the most time; 0: do not.",
+        ),
     ] = 400,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
