@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from swiftvideo.sdk.client import Client
 
+from .faults import written
 from .harness import ServerProcess
 
 CHUNKS = 8
@@ -19,7 +21,8 @@ AT = 5
 def test_one_that_was_asked_for_later_and_takes_over_sooner_takes_no_name_away(
     small_bundle: Path, tmp_path: Path, killed: int | None
 ) -> None:
-    arguments = ("--snapshots", str(tmp_path / "s"), "--snapshot-chunks", "1", "--max-load", "0")
+    folder = tmp_path / "s"
+    arguments = ("--snapshots", str(folder), "--snapshot-chunks", "1", "--max-load", "0")
     servers = [ServerProcess(small_bundle, *arguments)]
     names = []
     try:
@@ -33,6 +36,7 @@ def test_one_that_was_asked_for_later_and_takes_over_sooner_takes_no_name_away(
                     if chunk.index == 0:
                         sooner, between = video.prompt("w20 w21"), video.prompt("w30", at_chunk=4)
                     if chunk.index == killed:
+                        asyncio.run(written(folder, 1))
                         servers[0].kill()
                         servers.append(ServerProcess(small_bundle, *arguments, port=servers[0].port))
                 state = video.state
