@@ -107,9 +107,9 @@ def late(deadline: float | None) -> DeadlineError:
 
 SAID = "grpc-status-details-bin"
 """Trailing metadata of every error that the server itself ends a call with (sdk/server/status.py)."""
-BREAKS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
-"""What else a call ends with that broke: where a proxy resets it, since its own connection to the server is gone; and
-where grpc.aio writes to it in that moment, and loses its status."""
+BREAKS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+"""What else a call ends with that broke: where a proxy resets it or answers itself (HTTP 500), since its own connection
+to the server is gone; and where grpc.aio writes to it in that moment, and loses its status."""
 LATE = "Deadline Exceeded"
 """What gRPC says of an answer that did not come in time."""
 CONNECTING = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")

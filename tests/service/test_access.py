@@ -374,6 +374,18 @@ def test_every_status_has_an_exception() -> None:
     )
 
 
+@pytest.mark.parametrize("code", remote.BREAKS)
+def test_a_status_that_is_not_the_server_s_word_is_a_broken_connection(code: grpc.StatusCode) -> None:
+    """UNKNOWN is an HTTP status 500 of a proxy, say."""
+    nothing = grpc.aio.Metadata()
+    said = grpc.aio.Metadata((remote.SAID, b""))
+    broken = remote.error_from(grpc.aio.AioRpcError(code, nothing, nothing, "it went"))
+    assert isinstance(broken, remote.UnavailableError) and "it went" in str(broken)
+    assert not isinstance(
+        remote.error_from(grpc.aio.AioRpcError(code, nothing, said)), remote.UnavailableError
+    )
+
+
 def test_reflection_is_off_unless_asked_for(small_bundle: Path, server: ServerProcess) -> None:
     path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     assert METHOD.startswith("/swiftvideo")
