@@ -6,6 +6,7 @@ data. Cache rows are numpy arrays that the graphs read in place.
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -273,13 +274,19 @@ def _open_graphs(manifest: Manifest, threads: int) -> dict[str, Any]:
         options.log_severity_level = 3
         # Each graph has threads of its own: those of one must not spin while another runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Nothing but what was verified: it would look for weights of inner graphs in the current folder, and take what
+        # has its own format for a graph. Nor may it try again, and say so on stdout.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         if used:
             buffers = [blobs[item] for item in used]
             options.add_external_initializers_from_files_in_memory(
                 [PurePosixPath(item).name for item in used], buffers, [len(buffer) for buffer in buffers]
             )
         try:
-            sessions[graph] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            sessions[graph] = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:
             raise _failure(f"ONNX Runtime cannot open {name} of the bundle", error) from error
     return sessions

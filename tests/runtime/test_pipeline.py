@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from swiftvideo.runtime import (
 )
 from swiftvideo.runtime.engines import host, onnxruntime as ort_engine, tensorrt
 from swiftvideo.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from swiftvideo.runtime.manifest import FileEntry
 from swiftvideo.runtime.positions import rotation, time_tables
 
 
@@ -141,6 +144,57 @@ def test_a_bundle_may_be_partial_until_a_part_is_used(tiny_bundle: Path) -> None
     with pytest.raises(BundleMissingError, match=r"lists no tokenizer.json: export it again"):
         Pipeline(engine, bare)
     assert closed, "nobody else could"
+
+
+def weights_of_an_inner_graph(folder: Path) -> bytes:
+    """A graph whose branch has weights in a file of the current folder, which no manifest lists."""
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    (folder / "secret.bin").write_bytes(bytes(16))
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=1)
+    for key, value in (("location", "secret.bin"), ("offset", "0"), ("length", "16")):
+        weights.external_data.add(key=key, value=value)
+    x, y, o = (helper.make_tensor_value_info(name, 1, [4]) for name in "xyo")
+    branch = helper.make_graph([helper.make_node("Add", ["w", "x"], ["o"])], "b", [], [o], [weights])
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["o"])], "c", [], [o])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=other)
+    condition = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    graph = helper.make_graph([node], "g", [x, condition], [y])
+    made: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    ).SerializeToString()
+    return made
+
+
+def format_of_its_own(folder: Path) -> bytes:
+    """A graph as ONNX Runtime writes it, which it takes for one of ONNX's."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "x.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.log_severity_level = 4
+    graph = (folder / "bundle/onnx/inject.onnx").read_bytes()
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return (folder / "x.ort").read_bytes()
+
+
+@pytest.mark.parametrize("make", [weights_of_an_inner_graph, format_of_its_own])
+def test_nothing_but_graphs_of_onnx_and_listed_files_is_opened(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    make: Callable[[Path], bytes],
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    data, name = make(tmp_path), "onnx/inject.onnx"
+    (folder / name).write_bytes(data)
+    manifest = Manifest.load(folder)
+    entry = FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+    dataclasses.replace(manifest, files={**manifest.files, name: entry}).save(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot open onnx/inject\.onnx of"):
+        load(folder, "onnxruntime", 1)
+    assert not capfd.readouterr().out
 
 
 @pytest.mark.parametrize("path", [5, "a\0b", b"bundle"])
