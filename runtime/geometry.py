@@ -17,6 +17,8 @@ _POSITIVE = (
     *("layers", "heads", "head_dim", "latent_channels", "text_len", "text_dim"),
     *("temporal_stride", "spatial_stride", "fps", "steps"),
 )
+LARGEST = 1 << 16
+"""Of every size in a geometry: more than any model's, and so small that their products are still numbers of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class Geometry:
     """Denoising steps; `step == steps` is the context pass."""
 
     def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if max(value if isinstance(value, tuple) else (value,), default=0) > LARGEST:
+                raise SettingsError(f"{name} is {value}: it must be at most {LARGEST}")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}: it must be at least 1")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 GRAPHS = ("text_encoder", "condition", "denoise", "inject", "decode", "decode_first")
 
+LARGEST = 1 << 22
+"""Bytes of a manifest, a hundred times those of a model with plans for every GPU."""
+
 _BLOCK = 1 << 22
 _T = TypeVar("_T")
 
@@ -50,8 +54,8 @@ class FileEntry:
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise SettingsError(f"sha256 is {self.sha256!r}: 64 lower-case hexadecimal digits are needed")
-        if self.size < 0:
-            raise SettingsError(f"size is {self.size}: it must not be negative")
+        if not 0 <= self.size < 1 << 60:
+            raise SettingsError(f"size is {self.size}: it must not be negative, nor beyond any disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,9 @@ class Manifest:
         try:
             folder = Path(folder)
             path = folder / MANIFEST_NAME
-            text = path.read_bytes()
+            status = path.stat()
+            odd = not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode)
+            text = b"" if odd or status.st_size > LARGEST else path.read_bytes()
         except (TypeError, ValueError) as error:  # an object of another kind; a null byte
             raise SettingsError(f"bundle {folder!r} ({error}): give the name of a folder") from error
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -130,6 +136,12 @@ class Manifest:
             ) from error
         except OSError as error:
             raise BundleMissingError(f"{path} cannot be read: {error}; change its permissions") from error
+        if odd:  # and without an end, it may be
+            raise BundleMissingError(f"{path} is a pipe or a device; copy the whole bundle again")
+        if status.st_size > LARGEST:
+            raise BundleIntegrityError(
+                f"{path} has {status.st_size} bytes and a manifest at most {LARGEST}; export the bundle again"
+            )
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -156,7 +168,11 @@ class Manifest:
         del data["folder"]
         text = json.dumps({"schema": data.pop("schema"), **data}, indent=1) + "\n"
         partial = folder / (MANIFEST_NAME + ".partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.unlink(
+            missing_ok=True
+        )  # a killed process's; or a link, and what it leads to would be written
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
         partial.replace(folder / MANIFEST_NAME)
         return dataclasses.replace(self, folder=folder)
 
@@ -252,6 +268,8 @@ def _decoded(cls: type[_T], data: Any, where: str) -> _T:
         raise BundleIntegrityError(f"{error}; export it again") from error
     except SettingsError as error:
         raise BundleIntegrityError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise BundleIntegrityError(f"{where} is nested too deeply; export it again") from error
 
 
 def measure(path: str | Path) -> FileEntry:
@@ -303,6 +321,7 @@ def _check_name(name: str) -> None:
         or ".." in path.parts
         or "\\" in name
         or ":" in name
+        or not name.isprintable()
         or str(path) != name
     ):
         raise SettingsError(f"file name {name!r}: a plain relative path inside the bundle is needed")

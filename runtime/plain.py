@@ -43,11 +43,11 @@ def decode(cls: type[_T], data: Any, where: str) -> _T:
     where: begins the messages. Raises PlainError, and what the dataclass raises for values out of range.
     """
     if not isinstance(data, Mapping):
-        raise PlainError(f"{where}: {data!r} where an object is needed")
+        raise PlainError(f"{where}: {data!r:.100} where an object is needed")
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
         raise UnknownKeysError(
-            f"{where}: unknown keys {', '.join(map(repr, unknown))}; known are {', '.join(sorted(fields))}"
+            f"{where}: unknown keys {', '.join(map(repr, unknown)):.100}; known are {', '.join(sorted(fields))}"
         )
     no_default = dataclasses.MISSING
     required = {k for k, f in fields.items() if f.default is no_default and f.default_factory is no_default}
@@ -96,4 +96,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise PlainError(f"{where} is {value!r}, which is no {getattr(hint, '__name__', hint)}")
+    raise PlainError(f"{where} is {value!r:.100}, which is no {getattr(hint, '__name__', hint)}")

@@ -19,6 +19,7 @@ from swiftvideo.runtime.errors import (
     EngineUnavailableError,
 )
 from swiftvideo.runtime.manifest import Manifest
+from swiftvideo.runtime.plain import PlainError, decode
 
 from .flavours import FLAVOURS
 from .kernel import FOLDER
@@ -50,13 +51,13 @@ class PlanInfo:
     def of(cls, data: Mapping[str, Any]) -> PlanInfo:
         """From a manifest's entry. Raises BundleVersionError where it is no such entry."""
         try:
-            info = cls(**data)
-        except TypeError as error:
+            info = decode(cls, data, "its entry")
+        except PlainError as error:
             raise BundleVersionError(
-                f"the manifest's plan {data.get('file')!r} has other fields than this version writes ({error}): "
+                f"the manifest's plan {data.get('file')!r:.100} has other fields than this version writes ({error}): "
                 "build the plans again with `swiftvideo export --target`"
             ) from error
-        if info.flavour not in FLAVOURS or not isinstance(info.plugins, Mapping):
+        if info.flavour not in FLAVOURS:
             raise BundleVersionError(
                 f"the manifest's plan {info.file!r} is of flavour {info.flavour!r}: unknown"
             )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,29 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             r"layers is 0: it must be at least 1",
         ),
         (lambda d: d["geometry"].update(heads=-2), BundleIntegrityError, r"heads is -2"),
+        *(
+            (
+                lambda d, name=name, value=value: d["geometry"].update({name: value}),
+                BundleIntegrityError,
+                rf"{name} is .*: it must be at most 65536",
+            )
+            for name, value in (
+                *((name, 10**400) for name in ("layers", "text_len", "latent_channels", "temporal_stride")),
+                ("text_len", 10**9),
+                ("spatial_stride", 1 << 17),
+                ("patch", [1, 2, 10**400]),
+            )
+        ),
+        (
+            lambda d: d["files"]["tokenizer.json"].update(size=10**400),
+            BundleIntegrityError,
+            r"nor beyond any disk",
+        ),
+        (
+            lambda d: d["files"].update({"a\x1b[2Jb": d["files"]["tokenizer.json"]}),
+            BundleIntegrityError,
+            r"'a\\x1b\[2Jb': a plain relative path",
+        ),
         (lambda d: d["geometry"].update(head_dim=7), BundleIntegrityError, r"head_dim is 7"),
         (lambda d: d["geometry"].update(patch=[1, 2]), BundleIntegrityError, r"patch is \[1, 2\]"),
         (lambda d: d["geometry"].update(patch=[1, 0, 2]), BundleIntegrityError, r"patch is \(1, 0, 2\)"),
@@ -213,6 +237,45 @@ def test_a_manifest_that_is_no_json_is_refused(saved: Path, text: str) -> None:
     (saved / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleIntegrityError, match=r"is not JSON .*export the bundle again"):
         Manifest.load(saved)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(saved: Path) -> None:
+    with (saved / "manifest.json").open("ab") as file:
+        file.truncate(1 << 40)  # as a link to a device might have no end
+    with pytest.raises(BundleIntegrityError, match=r"has 1099511627776 bytes and a manifest at most 4194304"):
+        Manifest.load(saved)
+
+
+def test_a_manifest_that_is_no_file_is_refused(saved: Path) -> None:
+    path = saved / "manifest.json"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(BundleMissingError, match=r"manifest\.json is a pipe or a device; copy the whole"):
+        Manifest.load(saved)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleMissingError, match=r"manifest\.json is a pipe or a device"):
+        Manifest.load(saved)
+
+
+def test_values_of_any_depth_and_length_are_told_shortly(saved: Path) -> None:
+    path, text = saved / "manifest.json", (saved / "manifest.json").read_text()
+    for value in ("[" * 900 + "]" * 900, json.dumps(["x" * 1000] * 1000)):
+        path.write_text(text.replace('"small"', value))
+        with pytest.raises(BundleIntegrityError, match=r"model is .*no str|nested too deeply") as caught:
+            Manifest.load(saved)
+        assert len(str(caught.value)) < 1000
+
+
+def test_saving_follows_no_link_that_was_in_a_bundle(
+    saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    precious = tmp_path_factory.mktemp("home") / "precious"
+    precious.write_text("of the user")
+    (saved / "manifest.json.partial").symlink_to(precious)
+    Manifest.load(saved).save(saved)
+    assert precious.read_text() == "of the user"
+    assert not (saved / "manifest.json").is_symlink() and Manifest.load(saved).model == "small"
 
 
 def test_a_manifest_must_be_an_object(saved: Path) -> None:
