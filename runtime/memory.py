@@ -311,9 +311,12 @@ class Memory:
                 raise UsageError("saved memory tokens are not finite: the file is damaged")
         places = [operator.index(place) for place in plain["places"]]
         origin, sink_frame, *offsets = places
+        end = self.cache.global_end // g.frame_tokens
         if (
             len(offsets) != 2
             or min(places) < 0
+            or max(places) > end
+            or origin * g.frame_tokens != self.cache.base
             or not 0 <= scale <= float(np.float32(self.settings.bridge.scale))
         ):
             raise UsageError(f"places {places} or bridge_scale {scale} of the saved memory are impossible")

@@ -15,6 +15,9 @@ from .geometry import PolicySettings
 from .memory import Forward, Memory, Switch
 from .noise import NoiseSource
 
+FRAMES = 1 << 62
+"""Frames that a video never has: its prompts wait for earlier ones."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Pending:
@@ -116,7 +119,7 @@ class Rollout:
         with self._lock:
             boundary = self.boundary
             frame = boundary if at_frame is None else at_frame
-            if frame < boundary:
+            if not boundary <= frame < FRAMES:
                 raise UsageError(
                     f"at_frame is {frame} and the next chunk starts at latent frame {boundary}: "
                     "ask for that frame or a later one, or leave at_frame out"

@@ -25,7 +25,7 @@ from .files import target
 from .geometry import PolicySettings
 from .manifest import settings_from
 from .noise import checked_seed
-from .rollout import Pending, Rollout
+from .rollout import FRAMES, Pending, Rollout
 
 FORMAT = "swiftvideo-session-2"
 
@@ -120,8 +120,11 @@ def read(path: str | Path) -> Snapshot:
         plain["seed"] = checked_seed(plain["seed"])
         saved = Snapshot(**plain, arrays=arrays)
         counts = saved.number, saved.asked, saved.index, saved.segment
-        if min(counts) < 0 or max(counts) >= 1 << 62 or saved.number >= saved.asked:
+        if min(counts) < 0 or max(counts) >= FRAMES or saved.number >= saved.asked:
             raise ValueError(f"number, asked, index and segment are {counts}")
+        for frame, number, _ in saved.pending:
+            if not 0 <= frame < FRAMES or not 0 < number < saved.asked:
+                raise ValueError(f"prompt {number} of {saved.asked} waits for frame {frame}")
         return saved
     except (BundleError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is no saved session ({error}): save it again") from error
@@ -152,5 +155,5 @@ def put(rollout: Rollout, saved: Snapshot, encode: Callable[[str | Prompt], Prom
             raise UsageError(f"the cache ends elsewhere than chunk {saved.index} begins")
     except SwiftVideoError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"the saved session does not fit together ({error}): save it again") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .errors import UsageError
+from .engines.host import available_memory
+from .errors import OutOfMemoryError, UsageError
 from .files import replace
 
 Array = NDArray[Any]
@@ -44,8 +46,16 @@ def write(path: Path, format: str, text: str, arrays: Mapping[str, Array]) -> No
 
 
 def read(path: str | Path, format: str) -> tuple[str, dict[str, Array]]:
-    """Text and arrays that `write` wrote, once their checksum was found right. Raises UsageError."""
+    """Text and arrays that `write` wrote, once their checksum was found right. Raises UsageError, OutOfMemoryError."""
     try:
+        status, free = Path(path).stat(), available_memory()
+        if not stat.S_ISREG(status.st_mode):  # a pipe has no end
+            raise ValueError("it is no file")
+        size = status.st_size
+        if free is not None and size > free:  # a file that is all holes takes no disk
+            raise OutOfMemoryError(
+                f"{path} has {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB of memory are free: close other sessions"
+            )
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             found = metadata.get("format")
@@ -59,7 +69,7 @@ def read(path: str | Path, format: str) -> tuple[str, dict[str, Array]]:
         right = _checksum(format, text, arrays) == metadata["sha256"]
     except FileNotFoundError as error:
         raise UsageError(f"{path} is not there: save it first") from error
-    except UsageError:
+    except (UsageError, OutOfMemoryError):
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         # AttributeError: of the library, where numpy lacks the dtype.

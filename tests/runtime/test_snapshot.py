@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -247,11 +248,14 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         lambda plain, arrays: plain["memory"]["cache"].__setitem__(5, 10**9),
         *(
             lambda plain, arrays, places=places: plain["memory"].update(places=places)
-            for places in ([0], [], None, [0, 0, 0, -1], [0, 0, 0, 0.5], [0, 0, 0, 0, 0], "0000")
+            for places in (
+                *([0], [], None, [0, 0, 0, -1], [0, 0, 0, 0.5], [0, 0, 0, 0, 0], "0000"),
+                *([n if i == at else 0 for i in range(4)] for at in range(4) for n in (10**9, 10**400)),
+            )
         ),
         *(
             lambda plain, arrays, scale=scale: plain["memory"].update(bridge_scale=scale)
-            for scale in (float("nan"), -1.0, 1e308, None)
+            for scale in (float("nan"), -1.0, 1e308, 10**400, None)
         ),
         *(
             told(**{name: value})
@@ -261,6 +265,10 @@ def told(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         told(number=7, asked=7),
         told(pending=[[30.5, 3, "a red circle"]]),
         told(pending=[[float("inf"), 3, "a red circle"]]),
+        *(
+            told(asked=4, pending=[[frame, number, "a red circle moving right at night"]])
+            for frame, number in ((10**400, 3), (-(10**400), 3), (30, -3), (30, 0), (30, 4))
+        ),
         lambda plain, arrays: arrays.update({"memory/anchor.0": arrays["memory/anchor.0"][:1]}),
         lambda plain, arrays: arrays.update({"memory/bridge": np.repeat(arrays["memory/bridge"], 2, 1)}),
         lambda plain, arrays: arrays.update({"memory/bridge": arrays["memory/bridge"] * np.float32("nan")}),
@@ -354,3 +362,34 @@ def test_what_cannot_be_written_leaves_no_file(
         with pytest.raises(UsageError, match=r"made from embeddings: only prompts with a text can be saved"):
             session.save(tmp_path / "x")
     assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
+
+
+def test_a_file_that_is_larger_than_the_memory_is_not_read(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Such as one that is nearly all holes, which costs whoever sends it nothing."""
+    size = 1 << 42
+    header = json.dumps(
+        {
+            "__metadata__": {"format": FORMAT, "text": "{}", "sha256": ""},
+            "x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]},
+        }
+    ).encode()
+    path = tmp_path / "x"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(OutOfMemoryError, match=r"x has 4194304 MiB and .* are free"):
+        pipeline.restore(path)
+
+
+def test_a_pipe_is_no_saved_session(pipeline: Pipeline, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UsageError, match=r"x is not what was saved .it is no file"):
+        pipeline.restore(tmp_path / "x")
+
+
+def test_a_prompt_for_a_frame_that_never_comes_is_refused(pipeline: Pipeline, texts: tuple[str, ...]) -> None:
+    with pipeline.session(texts[0]) as session:
+        with pytest.raises(UsageError, match=r"at_frame is 4611686018427387904"):
+            session.prompt(texts[1], at_frame=1 << 62)
+        session.prompt(texts[1], at_frame=(1 << 62) - 1)
+        next(session)
