@@ -12,9 +12,10 @@ from typing import Annotated, NoReturn, cast
 import typer
 from rich.console import Console
 
-from swiftvideo.runtime.errors import SwiftVideoError, UsageError
+from swiftvideo.runtime.errors import OutOfMemoryError, SwiftVideoError, UsageError
 from swiftvideo.runtime.geometry import Policy
 
+from .harmless import harmless
 from .machine import version
 from .parts import needing, silence_grpc
 from .progress import say, telling
@@ -322,12 +323,14 @@ def main() -> None:
         _leave(2, error)
     except (SwiftVideoError, OSError) as error:  # of the system: no space for what is said, say
         _leave(1, error)
+    except MemoryError as error:
+        _leave(1, OutOfMemoryError(f"no memory ({error}): use a smaller model or resolution"))
 
 
 def _leave(code: int, error: Exception) -> NoReturn:
     """End with `code` and a sentence on stderr, also where stdout or stderr takes nothing more."""
     with suppress(OSError):  # then the code alone says it
-        typer.echo(f"swiftvideo: {error}", err=True)
+        typer.echo(f"swiftvideo: {harmless(error)}", err=True)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who started us
         try:
             stream.flush()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from swiftvideo.runtime.errors import SwiftVideoError, UsageError
 
+from .harmless import harmless
 from .inspect import show as show_bundle
 from .parts import needing
 from .plans import build as build_plans, check_targets
@@ -207,7 +208,7 @@ def _show(report: Any, console: Console) -> None:
     console.print(table)
     console.print("Errors are the largest difference over the largest value; of frames, levels of 255.")
     for engine, reason in report.unavailable.items():
-        console.print(f"{engine}: not compared. {reason}", markup=False)
+        console.print(f"{engine}: not compared. {harmless(reason)}", markup=False)
 
 
 def _bar(enabled: bool = True) -> Progress:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from swiftvideo.runtime import Manifest
 
+from .harmless import harmless
 from .plans import show as show_plans
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -38,9 +39,9 @@ def show(folder: str | Path, console: Console) -> None:
         "plans": str(len(manifest.plans) or "none"),
         "size": _size(total),
     }
-    table = Table(show_header=False, box=None, title=Text(str(folder)), title_justify="left")
+    table = Table(show_header=False, box=None, title=Text(harmless(folder)), title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(harmless(value)))
     console.print(table)
     files = Table(box=None)
     files.add_column("file")

@@ -12,9 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from swiftvideo.runtime import Manifest
+from swiftvideo.runtime import BundleIntegrityError, Manifest
 from swiftvideo.runtime.plugins.flavours import parse_target
 from swiftvideo.runtime.plugins.plans import PlanInfo, plans_of
+
+from .harmless import harmless
 
 
 def check_targets(targets: list[str]) -> None:
@@ -59,19 +61,31 @@ def build(bundle: Path, targets: list[str], plugins: bool, console: Console) -> 
 def show(manifest: Manifest, console: Console) -> None:
     """Print each plan: size, plugins, precisions of its layers, bindings. Raises BundleError for a changed report."""
     for plan in plans_of(manifest):
-        report = json.loads(bytes(manifest.read_file(plan.layers)))
-        layers = report["layers"]
         table = Table(show_header=False, box=None, title=Text(plan.file), title_justify="left")
-        table.add_row("for", f"{plan.flavour} {plan.version}, compute capability {plan.capability}")
-        table.add_row("size", f"{manifest.files[plan.file].size / 2**20:.1f} MiB, {len(layers)} layers")
-        table.add_row("plugins", Text(_plugins(plan, layers)))
-        kinds = Counter(layer["precision"] or "none" for layer in layers)
-        table.add_row(
-            "precisions", Text(", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
-        )
-        for mode in ("input", "output"):
-            table.add_row(mode + "s", Text(_bindings([b for b in report["bindings"] if b["mode"] == mode])))
+        try:
+            facts = _facts(manifest, plan, json.loads(bytes(manifest.read_file(plan.layers))))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise BundleIntegrityError(
+                f"{plan.layers} is no report of a plan's layers ({error}): build the plans again"
+            ) from error
+        for name, value in facts.items():
+            table.add_row(name, Text(harmless(value)))
         console.print(table)
+
+
+def _facts(manifest: Manifest, plan: PlanInfo, report: Any) -> dict[str, str]:
+    layers = report["layers"]
+    kinds = Counter(layer["precision"] or "none" for layer in layers)
+    return {
+        "for": f"{plan.flavour} {plan.version}, compute capability {plan.capability}",
+        "size": f"{manifest.files[plan.file].size / 2**20:.1f} MiB, {len(layers)} layers",
+        "plugins": _plugins(plan, layers),
+        "precisions": ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common()),
+        **{
+            mode + "s": _bindings([b for b in report["bindings"] if b["mode"] == mode])
+            for mode in ("input", "output")
+        },
+    }
 
 
 def _bindings(bindings: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from rich.table import Column
 
 from swiftvideo.runtime.errors import SwiftVideoError
 
+from .harmless import harmless
 from .interrupts import Interrupts
 
 
@@ -69,7 +70,7 @@ class Bar:
         if self._task is None:
             self._bar.start()  # not before: an empty bar leaves an empty line
             self._task = self._bar.add_task("", total=report.planned, prompt="", state="")
-        self._mode = chunk.mode or self._mode
+        self._mode = escape(harmless(chunk.mode)) or self._mode  # a server's word
         done = f"{report.frames}/{report.planned} frames"
         state = f"{done} {report.rate:5.1f} fps  window {chunk.window:2d}  {self._mode}"
         room = self._bar.console.width - len(f"━ {state} 0:00:00") - 1  # what else is cut is the time
@@ -94,14 +95,13 @@ def say(report: Any, as_json: bool) -> None:
     if not report.frames:
         return
     for switch in report.switches:
-        strength = "" if switch.rho is None else f", rho {switch.rho:.2f}"
-        typer.echo(
-            f"{switch.shown:7.2f} s  {switch.prompt}  (asked for at {switch.asked:g} s; {switch.mode}{strength})"
-        )
+        how = harmless(switch.mode) + ("" if switch.rho is None else f", rho {switch.rho:.2f}")
+        typer.echo(f"{switch.shown:7.2f} s  {switch.prompt}  (asked for at {switch.asked:g} s; {how})")
+    place = f" on {report.server}" if report.server else ""
     typer.echo(
         f"{report.video}: {_frames(report.frames)}, {report.frames / report.fps:.2f} s at {report.fps} fps, "
         f"{report.width}x{report.height}, {report.codec}; made at {report.rate:.1f} frames per second "
-        f"with {report.engine}{f' on {report.server}' if report.server else ''}, decoding and writing included"
+        f"with {harmless(report.engine)}{place}, decoding and writing included"
     )
     if report.sheet is not None:
         typer.echo(f"{report.sheet}: contact sheet")

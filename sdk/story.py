@@ -22,12 +22,19 @@ import yaml
 from swiftvideo.runtime.errors import UsageError
 from swiftvideo.runtime.geometry import Policy
 
+from .harmless import harmless
+
 _TIME = re.compile(
     r"(?=[\d.])(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d*\.?\d+)s)?(?:(\d*\.?\d+)ms)?", re.ASCII | re.IGNORECASE
 )
 LONGEST = 366 * 86400.0
 """Seconds of a story or a time in one."""
+LARGEST = 1 << 20
+"""Bytes of a story's file: what reads it is slow."""
 _KEYS = ("prompts", "seconds", "seed", "policy")
+_TEXT = "tag:yaml.org,2002:str"
+_LONGEST_VALUE = 40
+"""Characters of a value that is no text. PyYAML takes numbers of any length, which take it minutes."""
 _CUE_KEYS = ("prompt", "at")
 POLICIES: tuple[str, ...] = get_args(Policy)
 TAIL = 4.0
@@ -72,6 +79,10 @@ class Story:
         for cue in self.cues:
             if not cue.prompt.strip():
                 raise UsageError(f"the prompt at {cue.at:g} s is empty: say what to show")
+            if harmless(cue.prompt) != cue.prompt:
+                raise UsageError(
+                    f"the prompt {cue.prompt[:40]!r} at {cue.at:g} s has control characters: remove them"
+                )
         for before, after in zip(self.cues, self.cues[1:], strict=False):
             if after.at <= before.at:
                 raise UsageError(
@@ -148,7 +159,15 @@ def read_story(path: str | Path) -> Story:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UsageError(
+                f"story {str(path)!r} is larger than {LARGEST} bytes: it should be a list of prompts"
+            )
+        text = data.decode()
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise UsageError(f"story {str(path)!r} cannot be read: {error}") from error
     return parse_story(text, str(path))
@@ -211,9 +230,12 @@ class _Reader:
     def scalar(self, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode):
             raise self.error(node, "one value is expected here")
+        if node.tag != _TEXT and len(node.value) > _LONGEST_VALUE:
+            raise self.error(node, f"{node.value[:_LONGEST_VALUE]!r}... is too long for a number")
         try:
             return yaml.safe_load(yaml.serialize(node))
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+            # The last two where a tag such as !!bool does not fit, which PyYAML does not look at.
             raise self.error(node, f"{node.value!r} cannot be read: {error}") from error
 
     def time(self, node: yaml.Node) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from swiftvideo.runtime import Manifest, pipeline as runtime_pipeline
+from swiftvideo.runtime.plugins.plans import PlanInfo
 from swiftvideo.sdk import bench, cli
 from tests.sdk.commands import BLUE, RED, YELLOW, failed, run, video
 
@@ -197,6 +199,77 @@ def test_inspect_shows_names_as_they_are(
     result = run("inspect", folder)
     assert "toy[bold] of [/] all" in result.stdout
     assert "[red]x" in "".join(result.stdout.split()), "however the path is wrapped"
+
+
+def hostile(tiny_bundle: Path, folder: Path, **values: object) -> Path:
+    shutil.copytree(tiny_bundle, folder)
+    data = json.loads((tiny_bundle / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**data, **values}))
+    return folder
+
+
+def test_what_a_bundle_says_moves_no_cursor(
+    tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hostile(tiny_bundle, tmp_path / "x", model="a\x1b[2Jb\rc\x9bd", text_encoder="\x1b]0;title\x07")
+    shown = run("inspect", folder).stdout
+    assert r"a\x1b[2Jb\rc\x9bd" in shown and r"\x1b]0;title\x07" in shown
+    bad = hostile(tiny_bundle, tmp_path / "y\x1b[2J", schema=2)
+    code, text = failed(capfd, monkeypatch, "inspect", bad)
+    assert code == 1 and r"y\x1b[2J" in text and "\x1b" not in shown + text
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"flavour": ["tensorrt"]},
+        {"file": {}, "flavour": "tensorrt"},
+        {"file": "x", "flavour": "other\x1b[2J"},
+    ],
+)
+def test_inspect_of_plans_that_are_none(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    plan: dict[str, object],
+) -> None:
+    whole = dict.fromkeys(("graph", "target", "version", "dtype", "file", "layers", "source", "flavour"), "x")
+    entry = {**whole, "capability": 90, "plugins": {}, **plan} if plan else {}
+    code, text = failed(capfd, monkeypatch, "inspect", hostile(tiny_bundle, tmp_path / "x", plans=[entry]))
+    assert code == 1 and text.count("\n") == 1 and "the manifest's plan" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("report", ["[", "[]", "{}", '{"layers": [{}], "bindings": []}', "[" * 100_000])
+def test_inspect_of_a_report_that_is_none(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    report: str,
+) -> None:
+    plan = PlanInfo("decode", "h100", "tensorrt", "1", 90, "fp32", "tokenizer.json", "trt/x.json", "", {})
+    files = json.loads((tiny_bundle / "manifest.json").read_text())["files"]
+    files["trt/x.json"] = {"sha256": hashlib.sha256(report.encode()).hexdigest(), "size": len(report)}
+    folder = hostile(tiny_bundle, tmp_path / "x", plans=[plan.entry()], files=files)
+    (folder / "trt").mkdir()
+    (folder / "trt/x.json").write_text(report)
+    code, text = failed(capfd, monkeypatch, "inspect", folder)
+    assert code == 1 and "trt/x.json is no report of a plan's layers" in text and text.count("\n") == 1
+
+
+def test_memory_that_is_missing_is_a_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def app() -> None:
+        raise MemoryError("Unable to allocate 8 EiB")
+
+    monkeypatch.setattr(cli, "app", app)
+    assert failed(capfd, monkeypatch) == (
+        1,
+        "swiftvideo: no memory (Unable to allocate 8 EiB): use a smaller model or resolution\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,17 @@ def test_what_a_file_leaves_out() -> None:
         ("prompts: !!python/object:os.system [x]", "line 1"),
         ("? [a, b]\n: 3\nprompts:\n- prompt: a", "line 1: unknown key that is no word"),
         ("[" * 5000, "nested too deeply"),
+        *(
+            (f"seed: !!{tag}\nprompts: [{{prompt: a}}]", "line 1: '")
+            for tag in ("bool x", "int ''", "int '-'", "float ''", "timestamp foo")
+        ),
+        *(
+            (f"{key}: {value}\nprompts: [{{prompt: a}}]", "line 1: '")
+            for key in ("seed", "seconds")
+            for value in ("0x" + "f" * 400, "1" + ":59" * 100_000, "9" * 5000)
+        ),
+        ('prompts: [{prompt: "a\\e[2J"}]', r"the prompt 'a\x1b[2J' at 0 s has control characters"),
+        ('prompts: [{prompt: "a\\u009b2J"}]', "has control characters"),
         ("seconds: 1e30\nprompts:\n- prompt: a", "line 1: time '1e30'"),
     ],
 )
@@ -144,6 +155,16 @@ def test_a_file_that_is_missing_or_no_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("prompts: [{prompt: caf\u00e9}]".encode("latin-1"))
     with pytest.raises(UsageError, match=r"latin\.yaml' cannot be read"):
         read_story(tmp_path / "latin.yaml")
+
+
+def test_a_file_without_an_end_is_not_read_to_it(tmp_path: Path) -> None:
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"endless\.yaml' is larger than 1048576 bytes"):
+        read_story(tmp_path / "endless.yaml")
+
+
+def test_prompts_may_have_several_lines() -> None:
+    assert parse_story("prompts:\n- prompt: |\n    a\n    \tb\n").cues[0].prompt == "a\n\tb\n"
 
 
 def test_options_need_a_time_for_each_later_prompt() -> None:
