@@ -19,12 +19,13 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from swiftvideo.runtime import files, tensorfile
 from swiftvideo.runtime.errors import SettingsError, SwiftVideoError, UsageError
+from swiftvideo.runtime.plain import fits
 
 from .session import Kept
 
@@ -142,7 +143,9 @@ class Store:
         """The snapshot of a resume token."""
         for path, _ in self._ours(".json"):
             stored = self._read(path)
-            if stored is not None and hmac.compare_digest(stored.token_hash, token_hash):
+            if stored is not None and hmac.compare_digest(
+                stored.token_hash.encode(errors="replace"), token_hash.encode()
+            ):
                 return stored
         return None
 
@@ -214,14 +217,20 @@ class Store:
 
     def _read(self, path: Path) -> Stored | None:
         try:
+            if not path.is_file():  # a pipe would stop the thread that reads it
+                raise ValueError
             plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if plain.get("format") != FORMAT:
                 return None
             plain["prompts"] = [
                 (str(i), int(n), str(text), int(heard)) for i, n, text, heard in plain["prompts"]
             ]
-            return Stored(**plain)
-        except (OSError, ValueError, TypeError, KeyError):
+            stored = Stored(**plain)
+            hints = get_type_hints(Stored)
+            if not all(fits(hints[name], value) for name, value in plain.items() if name != "prompts"):
+                raise ValueError
+            return stored
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             log.warning("%s is no snapshot and is passed over", path.name)
             return None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,39 @@ def test_a_snapshot_that_was_changed_is_not_used(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UsageError, match="chunks is not there"):
         store.chunks(stored)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "[" * 100_000,
+        *(
+            json.dumps({**json.loads(Stored("", "x", "ann", 1, 4, 1, 30.0, 0, 4, 1, []).json()), name: value})
+            for name, value in (
+                *(("token_hash", value) for value in (3, None, "\u00e9", "\ud800")),
+                *(("client", []), ("index", "1"), ("linger", "long"), ("prompts", [[1]]), ("surplus", 1)),
+            )
+        ),
+    ],
+)
+def test_a_document_that_is_none_hides_no_other(tmp_path: Path, text: str) -> None:
+    store = opened(tmp_path / "s")
+    stored = snapshot(store, IDS[1])
+    (store.folder / f"{IDS[0]}.json").write_text(text)
+    assert store.find(stored.token_hash) == stored and store.find("other") is None
+
+
+def test_a_pipe_in_the_folder_stops_nobody(tmp_path: Path) -> None:
+    store = opened(tmp_path / "s")
+    stored = snapshot(store, IDS[1])
+    os.mkfifo(store.folder / f"{IDS[0]}.json")
+    found: list[Stored | None] = []
+    thread = threading.Thread(target=lambda: found.append(store.find("other")), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [None] and store.find(stored.token_hash) == stored
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
