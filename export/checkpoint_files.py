@@ -139,7 +139,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     _refuse_substitutes(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: of torch, for sizes beyond 64 bits
         raise _damaged(path, error) from error
 
 
@@ -174,13 +174,19 @@ def _refuse_substitutes(path: Path) -> None:
 
 
 def _refuse_program(archive: Path) -> None:
-    """Raise CheckpointError for a TorchScript archive, which torch.load would hand to torch.jit.load."""
+    """Raise CheckpointError for a TorchScript archive, which torch.load would hand to torch.jit.load, and for a
+    compressed one: torch writes none, and what a few megabytes unfold to may fill the memory."""
     with zipfile.ZipFile(archive) as members:
         names = members.namelist()
+        packed = [item.filename for item in members.infolist() if item.compress_type != zipfile.ZIP_STORED]
     if any(Path(name).name == "constants.pkl" for name in names):
         raise CheckpointError(
             f"{archive} is a TorchScript program; open it with torch.jit.load where you trust it, and save its "
             "state_dict()"
+        )
+    if packed:
+        raise CheckpointError(
+            f"{archive} holds {packed[0]} compressed, which torch.save does not do; save it again"
         )
 
 

@@ -25,6 +25,8 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped
 PREFIX = re.compile(r"^(?:(?:base_model|model|module|diffusion_model|transformer)\.)+")
 AVERAGED = ("generator_ema", "model_ema", "ema")
 """Keys of a torch file below which averaged weights may lie."""
+DEEPEST = 8
+"""Containers within each other."""
 CONTAINERS = ("generator", "generator_lora", "state_dict", "model", "lora", "module")
 """Keys of a torch file below which other tensors may lie; the first of them counts."""
 
@@ -111,14 +113,19 @@ class Named:
     """Keys that this naming does not know."""
 
 
-def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
+def unwrap(content: Any, source: str, ema: bool | None, depth: int = 0) -> tuple[State, str]:
     """Tensors of a file's content, and the container they were in ('' for none).
 
     content: a mapping of tensors, or of containers, as training writes them, with what else it notes beside them. ema:
     True takes the averaged weights (`generator_ema` or another of AVERAGED), False those that training goes on with or
     that are in no container, None the averaged ones where there are any.
+    depth: of containers around this one.
     Raises CheckpointError where there are no tensors, not the container asked for, or two to choose from.
     """
+    if depth > DEEPEST:  # or one holds itself
+        raise CheckpointError(
+            f"{source} has more than {DEEPEST} containers within each other; save the tensors alone"
+        )
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{source} holds a {type(content).__name__}, not named tensors; use a state dict"
@@ -135,10 +142,10 @@ def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
             raise CheckpointError(
                 f"{source} has no {wanted}, only {listed(averaged or plain)}; ask for that one"
             )
-        inner, path = unwrap(content[names[0]], source, None)
+        inner, path = unwrap(content[names[0]], source, None, depth + 1)
         return inner, f"{names[0]}.{path}".rstrip(".")
     if plain:
-        inner, path = unwrap(content[plain[0]], source, ema)
+        inner, path = unwrap(content[plain[0]], source, ema, depth + 1)
         return inner, f"{plain[0]}.{path}".rstrip(".")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and ema:
@@ -156,10 +163,16 @@ def unwrap(content: Any, source: str, ema: bool | None) -> tuple[State, str]:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a value is a container of tensors, at any depth."""
-    return isinstance(value, Mapping) and any(
-        isinstance(item, Tensor) or _holds_tensors(item) for item in value.values()
-    )
+    """Whether a value is a container of tensors, at any depth. Each is looked at once: one may hold itself."""
+    waiting, seen = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping) and id(item) not in seen:
+            seen.add(id(item))
+            if any(isinstance(inner, Tensor) for inner in item.values()):
+                return True
+            waiting.extend(item.values())
+    return False
 
 
 def _grouped(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.utils import logging as diffusers_logging
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from swiftvideo.runtime.errors import CheckpointError, SettingsError
@@ -25,7 +25,7 @@ from .checkpoint_files import (
     stored_shapes,
 )
 from .model_info import ModelInfo
-from .models.text import TextEncoder
+from .models.text import TextEncoder, umt5_config
 from .models.vae import StreamingDecoder
 
 
@@ -59,7 +59,8 @@ def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     shapes = stored_shapes(find_weights(folder))
     settings = read_json(folder / "config.json")
     with reading(cls, folder), torch.device("meta"):
-        blank = cls(UMT5Config(**settings)) if text else cls.from_config(settings)
+        config = umt5_config(settings) if text else None
+        blank = cls(config) if text else cls.from_config(settings)
     wrong = naming.wrong_shapes(shapes, {key: value.shape for key, value in blank.state_dict().items()})
     _refuse_misfit(cls, folder, wrong=wrong)
     with reading(cls, folder):
@@ -68,7 +69,7 @@ def _pretrained(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **{"dtype" if text else "torch_dtype": dtype},
+            **({"dtype": dtype, "config": config} if text else {"torch_dtype": dtype}),
         )
     unread = ("decoder.", "lm_head.") if text else ()
     surplus = [key for key in report["unexpected_keys"] if not key.startswith(unread)]

@@ -9,6 +9,7 @@ are views of the files' verified bytes until they are moved to a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,15 @@ import onnx
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
-from swiftvideo.runtime.errors import BundleError, BundleMissingError, EngineUnavailableError, SettingsError
+from swiftvideo.runtime.errors import (
+    BundleError,
+    BundleMissingError,
+    EngineUnavailableError,
+    SettingsError,
+    SwiftVideoError,
+)
 from swiftvideo.runtime.manifest import Manifest
 from swiftvideo.runtime.pipeline import EMBEDDED, Pipeline
 
@@ -27,7 +34,7 @@ from .cuda import CudaEngine
 from .graphs import Condition, Decode, Denoise, Graph, backbone_graphs, decode_graphs, text_graph
 from .models.backbone import BackboneConfig, CausalWanModel
 from .models.schedule import TRAINING_STEPS, Schedule
-from .models.text import TextEncoder
+from .models.text import TextEncoder, umt5_config
 from .models.vae import StreamingDecoder
 from .torch_engine import TorchEngine
 from .weights import blank, blanks, config_of, restore
@@ -83,17 +90,18 @@ def engine_of(manifest: Manifest, device: torch.device) -> TorchEngine:
     read = _reader(manifest)
 
     def fill(name: str, module: M) -> M:
-        restore(module, _graph(manifest, name), name, read)
+        restore(module, read_graph(manifest, name), name, read)
         return module
 
-    backbone = _backbone(manifest, config_of(_graph(manifest, "denoise"), "denoise"))
-    schedule = schedule_of(manifest)
-    denoise = fill("denoise", Denoise(backbone, manifest.geometry, schedule))
-    fill("condition", Condition(backbone))
-    decoder = _decoder(manifest, config_of(_graph(manifest, "decode"), "decode"))
-    fill("decode", Decode(decoder))
-    encoder = _text(manifest, config_of(_graph(manifest, "text_encoder"), "text_encoder"))
-    fill("text_encoder", text_graph(encoder, manifest.geometry.text_len).module)
+    with _reading():
+        backbone = _backbone(manifest, config_of(read_graph(manifest, "denoise"), "denoise"))
+        schedule = schedule_of(manifest)
+        denoise = fill("denoise", Denoise(backbone, manifest.geometry, schedule))
+        fill("condition", Condition(backbone))
+        decoder = _decoder(manifest, config_of(read_graph(manifest, "decode"), "decode"))
+        fill("decode", Decode(decoder))
+        encoder = _text(manifest, config_of(read_graph(manifest, "text_encoder"), "text_encoder"))
+        fill("text_encoder", text_graph(encoder, manifest.geometry.text_len).module)
     for part in (backbone, decoder, encoder):
         lost = [name for name in blanks(part) if not (part is backbone and name.startswith(TIME_MLP))]
         if lost:
@@ -105,14 +113,16 @@ def engine_of(manifest: Manifest, device: torch.device) -> TorchEngine:
 
 def restored_graph(manifest: Manifest, name: str, model: onnx.ModelProto) -> Graph:
     """The torch model of one graph, with the weights that the graph records. Raises BundleError."""
-    g, config = manifest.geometry, config_of(model, name)
-    if name == "text_encoder":
-        graph = text_graph(_text(manifest, config), g.text_len)
-    elif name.startswith("decode"):
-        graph = named(decode_graphs(_decoder(manifest, config), g), name)
-    else:
-        graph = named(backbone_graphs(_backbone(manifest, config), g, schedule_of(manifest)), name)
-    restore(graph.module, model, name, _reader(manifest))
+    g = manifest.geometry
+    with _reading():
+        config = config_of(model, name)
+        if name == "text_encoder":
+            graph = text_graph(_text(manifest, config), g.text_len)
+        elif name.startswith("decode"):
+            graph = named(decode_graphs(_decoder(manifest, config), g), name)
+        else:
+            graph = named(backbone_graphs(_backbone(manifest, config), g, schedule_of(manifest)), name)
+        restore(graph.module, model, name, _reader(manifest))
     return graph
 
 
@@ -129,11 +139,29 @@ def schedule_of(manifest: Manifest) -> Schedule:
     return Schedule(info.shift, indices, info.context_noise)
 
 
-def _graph(manifest: Manifest, name: str) -> onnx.ModelProto:
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn what is raised for graphs and records of which no model can be made into BundleError."""
+    try:
+        yield
+    except (SwiftVideoError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # odd values of a record fail anywhere in onnx, diffusers, transformers and torch
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise BundleError(
+            f"the bundle records models that cannot be built ({reason:.200}): export it again"
+        ) from error
+
+
+def read_graph(manifest: Manifest, name: str) -> onnx.ModelProto:
+    """A graph of the bundle as ONNX has it. Raises BundleError."""
     file = f"onnx/{name}.onnx"
     if not manifest.has(file):
         raise BundleMissingError(f"the bundle at {str(manifest.folder)!r} lists no {file}: export it again")
-    return onnx.load_model_from_string(bytes(manifest.read_file(file)))
+    with _reading():
+        return onnx.load_model_from_string(bytes(manifest.read_file(file)))
 
 
 def _reader(manifest: Manifest) -> Read:
@@ -149,7 +177,7 @@ def _reader(manifest: Manifest) -> Read:
 
 def _text(manifest: Manifest, config: dict[str, Any]) -> TextEncoder:
     with torch.device("meta"):
-        umt5 = UMT5EncoderModel(UMT5Config(**config["text_encoder"]))
+        umt5 = UMT5EncoderModel(umt5_config(config["text_encoder"]))
         encoder = TextEncoder(umt5).to(DTYPES[manifest.dtype])
     return blank(encoder)
 

@@ -31,7 +31,7 @@ from . import verify_inputs
 from .bundle import DTYPES
 from .checkpoint import Checkpoint
 from .graphs import Graph, backbone_graphs, decode_graphs, text_graph
-from .restore import named, restored_graph
+from .restore import named, read_graph, restored_graph
 
 RELATIVE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 """Largest allowed difference over the reference's largest value, by the bundle's dtype."""
@@ -228,7 +228,7 @@ def _verify_graph(
     threads: int | None,
     seed: int,
 ) -> Iterator[Check]:
-    model = onnx.load_model_from_string(bytes(manifest.read_file(f"onnx/{name}.onnx")))
+    model = read_graph(manifest, name)
     graph = (
         restored_graph(manifest, name, model)
         if checkpoint is None

@@ -30,6 +30,7 @@ Tables = tuple[Tensor, Tensor]
 """(cos, sin), float32, one row per token or frame."""
 
 ROPE_BASE = 10000.0
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if min(self.dim, self.ffn_dim, self.num_heads, self.num_layers, self.text_dim, self.text_len) < 1:
             raise SettingsError(f"every size of a backbone must be positive: {self}")
+        if self.num_layers > MOST_LAYERS:
+            raise SettingsError(f"num_layers is {self.num_layers}: it must be at most {MOST_LAYERS}")
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise SettingsError(
                 f"dim {self.dim} with {self.num_heads} heads: the head's width must be even and at least 6, "

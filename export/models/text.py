@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import UMT5Config
+
+SETTINGS = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
+)
+"""Of a UMT5 encoder's config.json: all that its numbers depend on."""
+MOST_LAYERS = 1000
+
+
+def umt5_config(settings: Mapping[str, Any]) -> UMT5Config:
+    """The configuration of an encoder, from what a file says of it.
+
+    Other settings are left out: transformers would fetch code that some of them name, such as `attn_implementation`,
+    and run it. Raises ValueError.
+    """
+    config = UMT5Config(**{name: settings[name] for name in SETTINGS if name in settings})
+    if config.num_layers > MOST_LAYERS:
+        raise ValueError(f"num_layers is {config.num_layers}, at most {MOST_LAYERS} are supported")
+    return config
 
 
 class TextEncoder(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,45 @@ def test_a_torch_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path)
     ):
         load_backbone(tmp_path / "attack.pt", CONFIG)
     assert not (tmp_path / "ran").exists()
+
+
+def test_containers_without_an_end_are_refused(tmp_path: Path) -> None:
+    itself: dict[str, Any] = {"w": torch.zeros(1)}
+    itself["model"] = itself
+    deep: dict[str, Any] = {"w": torch.zeros(1)}
+    for _ in range(100):
+        deep = {"model": deep}
+    shared: dict[str, Any] = {}
+    for _ in range(40):
+        shared = {"model": shared, "ema": shared}
+    for content, match in (
+        (itself, "more than 8 containers within each other"),
+        (deep, "more than 8 containers within each other"),
+        (shared, "has no tensors"),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=match):
+            load_backbone(tmp_path / "x.pt", CONFIG)
+
+
+def test_a_compressed_torch_file_is_refused(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name) + bytes(10**6 if name.endswith("data.pkl") else 0))
+    with pytest.raises(CheckpointError, match=r"bomb\.pt holds \S+data\.pkl compressed"):
+        load_backbone(tmp_path / "bomb.pt", CONFIG)
+
+
+def test_sizes_beyond_64_bits_are_refused(tmp_path: Path) -> None:
+    header = {"x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read"):
+        load_backbone(tmp_path / "x.safetensors", CONFIG)
 
 
 def test_a_shard_outside_the_folder_is_refused(state: State, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from swiftvideo.export.checkpoint import load_checkpoint, read_outline
+from swiftvideo.export.checkpoint_parts import load_text_encoder
 from swiftvideo.export.random import word_tokenizer
 from swiftvideo.runtime.errors import CheckpointError, SettingsError
 
@@ -245,6 +246,8 @@ def test_a_file_cut_short_is_said(folder: Path, part: str) -> None:
         ("vae", {"z_dim": None}),
         ("text_encoder", {"d_kv": None}),
         ("text_encoder", {"num_layers": "x"}),
+        ("text_encoder", {"num_layers": 10**9}),
+        ("transformer", {"num_layers": 10**9}),
         ("transformer", {"num_attention_heads": None, "attention_head_dim": 3}),
         ("transformer", {"patch_size": [1, 2.0, 2]}),
         ("transformer", {"patch_size": [1, 2]}),
@@ -260,6 +263,22 @@ def test_odd_settings_of_a_part_are_said(folder: Path, part: str, change: dict[s
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(CheckpointError, match=r"config\.json|latents_"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "somebody/code"},
+        {"_attn_implementation": "somebody/code"},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"dtype": "nonsense"},
+    ],
+)
+def test_settings_that_name_code_are_not_followed(folder: Path, change: dict[str, Any]) -> None:
+    """transformers would fetch an implementation of attention from its hub and run it, where `kernels` is installed."""
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert load_text_encoder(folder / "text_encoder").encoder.config._attn_implementation != "somebody/code"
 
 
 @pytest.mark.parametrize("part", PARTS)

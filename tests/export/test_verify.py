@@ -14,8 +14,9 @@ import torch
 
 from swiftvideo.export import verify
 from swiftvideo.export.bundle import export_bundle
+from swiftvideo.export.restore import open_torch
 from swiftvideo.export.verify import verify_bundle
-from swiftvideo.export.weights import WEIGHTS_KEY
+from swiftvideo.export.weights import CONFIG_KEY, WEIGHTS_KEY
 from swiftvideo.runtime.errors import (
     BundleError,
     BundleIntegrityError,
@@ -134,6 +135,35 @@ def test_weights_that_are_not_recorded(copy: Path) -> None:
     change(copy, "denoise", lambda model: model.ClearField("metadata_props"))
     with pytest.raises(BundleError, match=r"does not record swift\.config"):
         verify_bundle(copy, graphs=["denoise"], threads=1)
+
+
+@pytest.mark.parametrize(
+    ("graph", "value"),
+    [
+        ("denoise", "["),
+        ("denoise", "{}"),
+        ("denoise", '{"backbone": {"patch": 3}}'),
+        ("denoise", '{"backbone": {"patch": [1, 2, 2], "evil": 1}}'),
+        ("text_encoder", '{"text_encoder": {"num_layers": 1000000000}}'),
+        ("text_encoder", '{"text_encoder": []}'),
+        ("decode", '{"vae": {"base_dim": "x"}}'),
+    ],
+)
+def test_records_of_which_no_model_can_be_made(copy: Path, graph: str, value: str) -> None:
+    def tell(model: onnx.ModelProto) -> None:
+        next(entry for entry in model.metadata_props if entry.key == CONFIG_KEY).value = value
+
+    change(copy, graph, tell)
+    for work in (lambda: verify_bundle(copy, graphs=[graph], threads=1), lambda: open_torch(copy, "cpu")):
+        with pytest.raises(BundleError, match=r"(cannot be built|is not there|does not fit).*: export"):
+            work()
+
+
+def test_a_graph_that_is_none(copy: Path) -> None:
+    (copy / "onnx/denoise.onnx").write_bytes(b"\xff" * 100)
+    accept(copy)
+    with pytest.raises(BundleError, match=r"cannot be built \(DecodeError"):
+        open_torch(copy, "cpu")
 
 
 def test_a_bundle_that_no_engine_can_run(copy: Path) -> None:
