@@ -25,10 +25,15 @@ from typing import Any
 
 from swiftvideo.runtime.engines.cuda import find_gpus
 from swiftvideo.runtime.engines.tensorrt import check_driver
-from swiftvideo.runtime.errors import BundleMissingError, EngineUnavailableError, SwiftVideoError
+from swiftvideo.runtime.errors import (
+    BundleMissingError,
+    EngineUnavailableError,
+    SettingsError,
+    SwiftVideoError,
+)
 from swiftvideo.runtime.manifest import GRAPHS, FileEntry, Manifest, measure, measure_files
 from swiftvideo.runtime.plugins.flavours import RTX, TENSORRT, Target, parse_target
-from swiftvideo.runtime.plugins.kernel import OPS, ROW_OPS, Kernel
+from swiftvideo.runtime.plugins.kernel import FOLDER, OPS, ROW_OPS, Kernel
 from swiftvideo.runtime.plugins.plans import PlanInfo, graph_source, plans_of
 from swiftvideo.runtime.plugins.tensorrt import PLUGINS
 
@@ -83,7 +88,7 @@ def build_plans(
     compute capability is replaced: one for h100 by one for h200.
 
     Raises:
-        SettingsError: no such target.
+        SettingsError: no such target, or the bundle's folder of plans or kernels is a link.
         EngineUnavailableError: the target's product is not installed, or needs another GPU to build.
         BundleError: the bundle cannot be read, or has no such graph.
         PlanBuildError: a plan could not be built; the message names graph, layer if known, and the log's end. Or
@@ -123,6 +128,12 @@ def _build_all(
     manifest: Manifest, target: str, plugins: bool, graphs: Iterable[str] | None, progress: Progress | None
 ) -> list[Built]:
     assert manifest.folder is not None
+    plans = manifest.folder / "trt"
+    for place in (manifest.folder / FOLDER, plans, *plans.glob("*")):
+        if place.is_symlink():
+            raise SettingsError(
+                f"{place} is a link, and plans are written and deleted there: use a copy of the bundle"
+            )
     wanted = check_buildable(target, manifest.dtype, manifest.geometry.head_dim)
     names = [g for g in GRAPHS if manifest.has(f"onnx/{g}.onnx")] if graphs is None else list(graphs)
     missing = [name for name in names if not manifest.has(f"onnx/{name}.onnx")]

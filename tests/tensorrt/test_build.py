@@ -323,6 +323,18 @@ def test_heads_without_a_kernel_are_refused_before_any_work(small: Path) -> None
         check_buildable("rtx:sm89", "bf16", 12)
 
 
+@pytest.mark.parametrize("folder", ["trt", "trt/rtx-sm89", "kernels"])
+def test_nothing_is_written_or_deleted_through_a_link(small: Path, tmp_path: Path, folder: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "x").mkdir(parents=True)
+    (elsewhere / "x/precious.plan").write_text("of another bundle")
+    (small / folder).parent.mkdir(exist_ok=True)
+    (small / folder).symlink_to(elsewhere)
+    with pytest.raises(SettingsError, match=f"{folder} is a link.*use a copy of the bundle"):
+        build_plans(small, "rtx:sm89", graphs=["inject"])
+    assert [path.name for path in elsewhere.rglob("*")] == ["x", "precious.plan"]
+
+
 def test_unknown_targets_and_graphs(small: Path) -> None:
     with pytest.raises(SettingsError, match=r"target is 'rtx:sm90': use h100, h200, rtx:sm80"):
         build_plans(small, "rtx:sm90")
