@@ -146,9 +146,7 @@ def _reading() -> Iterator[None]:
         yield
     except (SwiftVideoError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # odd values of a record fail anywhere in onnx, diffusers, transformers and torch
+    except Exception as error:  # odd values fail anywhere in onnx, diffusers, transformers and torch
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise BundleError(
             f"the bundle records models that cannot be built ({reason:.200}): export it again"

@@ -168,9 +168,7 @@ class Manifest:
         del data["folder"]
         text = json.dumps({"schema": data.pop("schema"), **data}, indent=1) + "\n"
         partial = folder / (MANIFEST_NAME + ".partial")
-        partial.unlink(
-            missing_ok=True
-        )  # a killed process's; or a link, and what it leads to would be written
+        partial.unlink(missing_ok=True)  # a killed process's, or a link, through which it would be written
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
         partial.replace(folder / MANIFEST_NAME)
