@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ MEMORY_FROM, MEMORY_TO = 20, 400
 
 Timed = tuple[Chunk, float]
 """A chunk and its wall-clock seconds."""
+Tell = Callable[[str, int, int], object]
+"""Hears which part begins, and how many of all chunks were made before it."""
 
 
 def check_json(path: Path) -> Path:
@@ -52,12 +54,13 @@ def measure(
     threads: int | None = None,
     memory_chunks: int = MEMORY_TO,
     seconds: float | None = None,
+    tell: Tell = lambda part, done, total: None,
 ) -> dict[str, Any]:
     """All figures, as plain values: milliseconds unless a key says otherwise.
 
     chunks: measured without a switch, after a warm-up that fills the window; None: `CHUNKS`. seconds: of video, in the
     place of `chunks`. memory_chunks: the later of the two at which memory is read, the first being `MEMORY_FROM`; 0:
-    memory is not measured.
+    memory is not measured. tell: is called between the parts, and within that of memory, where nothing is timed.
 
     Raises:
         UsageError: memory_chunks is neither 0 nor above `MEMORY_FROM`; or both chunks and seconds are given.
@@ -90,32 +93,47 @@ def measure(
             "frames_a_chunk": frames,
         }
         watched = Watched(pipeline.engine, gpu)
+        warm_up = -(-geometry.window // geometry.chunk) + 2
+        fewer = max(FEWEST, count // 2) if gpu else 0
+        total, done = memory_chunks + warm_up + count + fewer + SWITCHES * BETWEEN, 0
+
+        def begin(part: str, size: int) -> None:
+            nonlocal done
+            tell(part, done, total)
+            done += size
+
         loaded = gpu.memory_mib() if gpu else None
         if memory_chunks:  # first: later work would raise the peak
-            result["memory_mib"] = _memory(pipeline, prompts, policy, memory_chunks)
+            result["memory_mib"] = _memory(
+                pipeline, prompts, policy, memory_chunks, lambda index: tell("memory", index, total)
+            )
+            done = memory_chunks
+        begin("warm-up", warm_up)
         result["prompt_encode"] = _spread(
             [_encode_ms(pipeline, prompts[i % len(prompts)]) for i in range(12)]
         )
-        warm_up = -(-geometry.window // geometry.chunk) + 2
         with pipeline.session(prompts[0], 1, policy) as session:
             _run(session, warm_up)
             result["warm_up_chunks"] = warm_up
             watched.take()
+            begin("chunks", count)
             result.update(steady_figures(_run(session, count)))
             whole = apart = watched.take(), count
             if gpu:  # what runs beside the host is only seen when the host waits for it
-                fewer = max(FEWEST, count // 2)
+                begin("stages", fewer)
                 with watched.waiting():
                     waited = steady_figures(_run(session, fewer))
                 apart = watched.take(), fewer
                 result["stages"] = waited["stages"]
                 without = waited["frames_per_second"]["without_decoding"]
                 result["frames_per_second"]["without_decoding"] = without
+            begin("switches", SWITCHES * BETWEEN)
             result["switch"] = _switches(session, prompts)
             recaches = watched.take()
             result["attention"] = getattr(pipeline.engine, "attention", None)
             if gpu:
                 result["gpu_memory_mib"] = {"weights": loaded, "one_session": gpu.memory_mib()}
+        begin("limits", 0)
         result["limits"] = gpu.limits(pipeline.manifest.dtype) if gpu else cpu_limits(used)
         result["work"], result["work_unknown"] = work_figures(
             pipeline.manifest, result, whole, apart, recaches
@@ -190,12 +208,17 @@ def _switches(session: Session, prompts: Sequence[str]) -> dict[str, Any]:
 
 
 def _memory(
-    pipeline: Pipeline, prompts: Sequence[str], policy: Policy | None, chunks: int
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    policy: Policy | None,
+    chunks: int,
+    tell: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Memory of this process after chunks `MEMORY_FROM` and `chunks`, with a switch every `BETWEEN` chunks."""
     rows = []
     with pipeline.session(prompts[0], 1, policy) as session:
         for index in range(chunks):
+            tell(index)
             if index and index % BETWEEN == 0:
                 session.prompt(prompts[index // BETWEEN % len(prompts)])
             next(session)

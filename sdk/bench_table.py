@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for `measure`, gone at the end. It has no thread of its own, which would be measured too."""
+    columns = TextColumn("{task.description:8}"), BarColumn(bar_width=24), TimeElapsedColumn()
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    shown = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=hidden)
+    with shown:
+        task = shown.add_task("", total=None)
+
+        def tell(part: str, done: int, total: int) -> None:
+            shown.update(task, description=part, completed=done, total=total, refresh=True)
+
+        yield tell
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -299,13 +299,15 @@ def bench(
     """Measure speed per stage, the cost of a switch, work done beside the machine's limits, and memory."""
     from .bench import check_json, measure
     from .bench_model import measured_bundle
-    from .bench_table import show
+    from .bench_table import bar, show
     from .interrupts import cleaning_up
 
     if json_file is not None:
         check_json(json_file)
     with cleaning_up(), measured_bundle(bundle, model, random, height, width, dtype) as folder:
-        result = measure(folder, chunks, cast(Policy | None, policy), engine, threads, memory_chunks, seconds)
+        chosen = cast(Policy | None, policy)
+        with bar() as tell:
+            result = measure(folder, chunks, chosen, engine, threads, memory_chunks, seconds, tell)
     show(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

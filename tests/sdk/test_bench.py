@@ -50,6 +50,17 @@ def test_both_engines_do_the_same_counted_work(tiny_bundle: Path, quick: None, e
     assert made["limits"]["threads"] == 1 and made["limits"]["gflop_per_s"] > 0 < made["limits"]["gb_per_s"]
 
 
+def test_it_says_how_far_it_is(tiny_bundle: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MEMORY_FROM", 1)
+    told: list[tuple[str, int, int]] = []
+    bench.measure(tiny_bundle, 3, None, "onnxruntime", 1, 2, tell=lambda *now: told.append(now))
+    parts, done, totals = zip(*told, strict=True)
+    g = Manifest.load(tiny_bundle).geometry
+    warm_up = -(-g.window // g.chunk) + 2
+    assert parts == ("memory", "memory", "warm-up", "chunks", "switches", "limits")
+    assert done == (0, 1, 2, 2 + warm_up, 5 + warm_up, 9 + warm_up) and set(totals) == {9 + warm_up}
+
+
 def test_every_run_is_noted(tiny_bundle: Path) -> None:
     with load(tiny_bundle, "onnxruntime", 1) as pipeline:
         g = pipeline.geometry
