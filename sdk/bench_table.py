@@ -16,16 +16,19 @@ from rich.table import Table
 def bar() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for `measure`, gone at the end. It has no thread of its own, which would be measured too."""
     columns = TextColumn("{task.description:8}"), BarColumn(bar_width=24), TimeElapsedColumn()
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    shown = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=hidden)
-    with shown:
-        task = shown.add_task("", total=None)
+    shown = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+    task = shown.add_task("", total=None)
 
-        def tell(part: str, done: int, total: int) -> None:
+    def tell(part: str, done: int, total: int) -> None:
+        if shown.console.is_terminal:
+            shown.start()  # not before: an empty bar leaves an empty line
             shown.update(task, description=part, completed=done, total=total, refresh=True)
 
+    try:
         yield tell
+    finally:
+        if shown.live.is_started:
+            shown.stop()
 
 
 def show(result: dict[str, Any], console: Console) -> None:
