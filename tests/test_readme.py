@@ -154,10 +154,3 @@ def test_users_are_told_to_install_extras_that_exist_and_types_that_are_seen() -
     extras = {extra for each in told for extra in re.findall(r"\[(.*?)\]", each)}
     assert not [each for each in told if "-e" in each.split()]
     assert {"serve", "export"} <= extras <= set(project["optional-dependencies"])
-
-
-def test_files_named_in_the_readme_exist() -> None:
-    targets = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
-    assert len(targets) > 5
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert not missing

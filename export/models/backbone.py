@@ -31,6 +31,7 @@ Tables = tuple[Tensor, Tensor]
 
 ROPE_BASE = 10000.0
 MOST_LAYERS = 1000
+"""Of a network: more than any has, and few enough to be built before its weights are found missing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5Config
 
+from .backbone import MOST_LAYERS
+
 SETTINGS = (
     *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
     *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
 )
 """Of a UMT5 encoder's config.json: all that its numbers depend on."""
-MOST_LAYERS = 1000
 
 
 def umt5_config(settings: Mapping[str, Any]) -> UMT5Config:
