@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swiftvideo.runtime.engine import Float32, Int32, Prompt
 from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError
+from swiftvideo.runtime.geometry import WindowSettings
 
 from .library_attention import LIBRARY, library_attention, passing
 from .torch_engine import copy_rows, memory_for
@@ -37,6 +38,8 @@ TRIALS = 10
 """Runs of each attention that are timed to find the faster."""
 MARGIN = 0.95
 """Of the kernel's time, what torch's attention must stay below: the choice should not hang on noise."""
+STEADY = WindowSettings().min_size
+"""Frames of the window that most chunks have, over which attentions are compared."""
 
 
 class ChunkForward:
@@ -211,9 +214,9 @@ class ChunkForward:
         self.table[:, 0, 0], self.table[:, 0, 1] = self.keys.shape[2] - count, count
 
     def _fastest(self) -> str | None:
-        """The attention of torch's that takes less time here over the whole window than the kernel, if there is one."""
+        """The attention of torch's that takes less time here over a steady window than the kernel, if there is one."""
         g, engine = self.engine.geometry, self.engine
-        shown = g.window * g.frame_tokens
+        shown = min(g.window, max(g.chunk, STEADY or g.window)) * g.frame_tokens
         self._show(shown)
         for block in (self.keys[0], self.values[0]):  # zeros take less power
             block.normal_()

@@ -19,7 +19,7 @@ from swiftvideo.export.chunk_forward import ChunkForward
 from swiftvideo.export.cuda import CudaEngine, Options
 from swiftvideo.export.torch_engine import copy_rows
 from swiftvideo.runtime.errors import ClosedError, OutOfMemoryError, UsageError
-from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings
+from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings, WindowSettings
 from swiftvideo.runtime.positions import time_tables
 from swiftvideo.runtime.rollout import Step
 from tests.gpu.model import padded
@@ -271,8 +271,10 @@ def test_the_fastest_attention_is_taken(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(chunk_forward, "library_attention", library)
     monkeypatch.setattr(engine.lane, "milliseconds", milliseconds)
     assert engine.forwards[1]._fastest() == chosen
-    window = engine.geometry.window * engine.geometry.frame_tokens
-    assert seen == [("cudnn", window), ("flash", window)]
+    steady = WindowSettings().min_size
+    assert steady is not None and engine.geometry.chunk < steady < engine.geometry.window
+    keys = steady * engine.geometry.frame_tokens
+    assert seen == [("cudnn", keys), ("flash", keys)]
     said = [str(t) if isinstance(t, RuntimeError) else t for t in times]
     assert list(engine.attention_ms.items()) == list(zip(("kernel", "cudnn", "flash"), said, strict=True))
 
