@@ -171,13 +171,11 @@ def dynamic_window_attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MERGED: tl.constexpr,
-    AHEAD: tl.constexpr = False,
 ):
     """o = attention of q over the listed rows (see `swiftvideo.export.ops.dynamic_window_attention`).
 
     q, fresh_k, fresh_v, o [batch,queries,heads,HEAD]; cache_k, cache_v [layers,batch,rows,heads,HEAD]; segments int32
-    [batch,6,2]; scale > 0, float32. Without any key, o is zero. AHEAD: begin a block's scores before the exponentials
-    of the block before it.
+    [batch,6,2]; scale > 0, float32. Without any key, o is zero.
 
     Tiles from `unsplit` on are computed by `pieces` programs each, which write sums, largest logits and totals to
     `partial`, float32 [tile, piece, BLOCK_M * (BLOCK_D + 2)]; launched again with `merging`, BLOCK_M / MERGED programs
@@ -207,7 +205,6 @@ def dynamic_window_attention(
             BLOCK_D,
             BLOCK_M,
             BLOCK_N,
-            AHEAD,
         )
 
 
@@ -233,7 +230,6 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """A tile, or one piece of one."""
     over = tl.program_id(0) - unsplit
@@ -288,28 +284,12 @@ def _attend(
             values = tl.load(_at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys), mask=shown, other=0.0)
             scores = tl.where(there[None, :], _scores(queries_tile, keys), float("-inf"))
             highest, total, sums = _fold(scores, values, highest, total, sums, scale)
-    if AHEAD:
-        if blocks > first:
-            is_fresh, row = _place(first, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD)
-            scores = _scores(queries_tile, keys)
-            for block in tl.range(first, blocks):
-                v_at = _at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys)
-                is_fresh, row = _place(tl.minimum(block + 1, blocks - 1), whole, rows, BLOCK_N)
-                keys = _load(
-                    _at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD
-                )
-                following = _scores(queries_tile, keys)
-                values = _load(v_at, inside, BLOCK_D == HEAD)
-                highest, total, sums = _fold(scores, values, highest, total, sums, scale)
-                scores = following
-    else:
-        for block in tl.range(first, blocks):
-            is_fresh, row = _place(block, whole, rows, BLOCK_N)
-            keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD)
-            scores = _scores(queries_tile, keys)
-            values = _load(_at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys), inside, BLOCK_D == HEAD)
-            highest, total, sums = _fold(scores, values, highest, total, sums, scale)
+    for block in tl.range(first, blocks):
+        is_fresh, row = _place(block, whole, rows, BLOCK_N)
+        keys = _load(_at(is_fresh, row, fresh_k, cache_k, width, tile_of_keys), inside, BLOCK_D == HEAD)
+        scores = _scores(queries_tile, keys)
+        values = _load(_at(is_fresh, row, fresh_v, cache_v, width, tile_of_keys), inside, BLOCK_D == HEAD)
+        highest, total, sums = _fold(scores, values, highest, total, sums, scale)
     if split:
         at = partial + over.to(tl.int64) * (BLOCK_M * (BLOCK_D + 2))
         tl.store(at + mine[:, None] * BLOCK_D + columns[None, :], sums)

@@ -3,7 +3,7 @@
     python -m swiftvideo.export.kernels.compiler --out cubins --capability 90 --dtype bf16 --head-dim 128
 
 Block sizes are constants of this file, chosen by reasoning about shared memory and registers, and checked against the
-limits of each capability; `python -m tests.gpu.kernels --tune` measures alternatives on a GPU.
+limits of each capability; `python -m tests.gpu.kernels --tune` measures others on a GPU (sm90: docs/performance.md).
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ class Tiles:
     keys: int
     warps: int
     stages: int
-    ahead: bool = False
-    """Begin the next block's scores before this block's exponentials."""
 
 
 def attention_tiles(capability: int, dtype: str, head_dim: int) -> Tiles:
@@ -182,7 +180,7 @@ def _recipe(
     head = {"HEAD": head_dim, "BLOCK_D": block_width(head_dim)}
     if op == ATTENTION:
         t = tiles or attention_tiles(capability, dtype, head_dim)
-        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys, "MERGED": MERGED, "AHEAD": t.ahead}
+        constants = head | {"BLOCK_M": t.queries, "BLOCK_N": t.keys, "MERGED": MERGED}
         grid = (Axis(("programs",)), Axis(()), Axis(()))
         return dynamic_window_attention, constants, grid, t.warps, t.stages
     if op == INJECTION:

@@ -30,8 +30,6 @@ TUNING = [
     *(Tiles(128, 64, 8, s) for s in (2, 3, 4)),
     *(Tiles(64, 64, 4, s) for s in (3, 4)),
     Tiles(64, 128, 4, 2),
-    *(Tiles(128, 64, 8, s, ahead=True) for s in (3, 4)),
-    Tiles(64, 64, 4, 3, ahead=True),
 ]
 """Block sizes that fit sm90's shared memory; with Triton 3.6 none spills but 64 x 128, 8 bytes."""
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

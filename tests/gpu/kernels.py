@@ -26,6 +26,7 @@ from swiftvideo.export.ops import semantic_injection
 from swiftvideo.runtime.plugins.kernel import ATTENTION, COMMIT, INJECTION, OPS, PLACE, Kernel, KernelSpec
 from swiftvideo.runtime.plugins.launch import Launcher
 from swiftvideo.sdk.limits import Gpu
+from swiftvideo.sdk.machine import commit
 
 from .attention import (
     ANCHORS,
@@ -176,8 +177,7 @@ def read_cubin(folder: Path, op: str, capability: int) -> Kernel:
 
 def label(tiles: Tiles) -> str:
     """Block sizes as the name of an entry."""
-    order = ", ahead" if tiles.ahead else ""
-    return f"{tiles.queries}x{tiles.keys}, {tiles.warps} warps, {tiles.stages} stages{order}"
+    return f"{tiles.queries}x{tiles.keys}, {tiles.warps} warps, {tiles.stages} stages"
 
 
 def tune(record: Record, capability: int) -> None:
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     torch.zeros(1, device=DEVICE)  # the context that launches go to
-    record = Record(given.json, {"machine": machine(), "passed": True})
+    record = Record(given.json, {"commit": commit(), "machine": machine(), "passed": True})
     capability = record.figures["machine"]["capability"]
     if given.tune:
         tune(record, capability)

@@ -43,14 +43,13 @@ class Interpreter:
         *arguments: Any,
         queries: int = 16,
         keys: int = 16,
-        ahead: bool = False,
         split: tuple[int, int] = (0, 1),
     ) -> Tensor:
         """`ops.dynamic_window_attention` by the kernel, with tiles of queries x keys.
 
         split: how many of the last tiles are computed in pieces, and in how many each.
         """
-        result: Tensor = self._pool.submit(_attention, arguments, queries, keys, ahead, split).result()
+        result: Tensor = self._pool.submit(_attention, arguments, queries, keys, split).result()
         return result
 
     def injection(self, *arguments: Any, block: int = 8) -> tuple[Tensor, Tensor]:
@@ -105,9 +104,7 @@ def _prepare() -> None:
     interpreter.InterpreterBuilder.create_dot = dot
 
 
-def _attention(
-    arguments: tuple[Any, ...], block_m: int, block_n: int, ahead: bool, split: tuple[int, int]
-) -> Tensor:
+def _attention(arguments: tuple[Any, ...], block_m: int, block_n: int, split: tuple[int, int]) -> Tensor:
     from swiftvideo.export.kernels.attention import dynamic_window_attention
 
     q, fresh_k, fresh_v, cache_k, cache_v, segments, layer, scale = arguments
@@ -126,7 +123,6 @@ def _attention(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             MERGED=merged,
-            AHEAD=ahead,
         )
     return o
 

@@ -33,7 +33,6 @@ class Case:
     scale: float = 1.0
     """Of the logits, on top of 1 / sqrt(head)."""
     tiles: tuple[int, int] = field(default=(16, 16))
-    ahead: bool = False
     split: tuple[int, int] = (0, 1)
     """Last tiles that are computed in pieces, and pieces of each."""
 
@@ -55,17 +54,12 @@ CASES = [
     Case("a whole tile of queries", [WINDOW], queries=32),
     Case("blocks of keys wider than any segment", [WINDOW], tiles=(16, 64)),
     Case("blocks of queries wider than there are", [WINDOW], tiles=(64, 16)),
-    Case("scores ahead", [WINDOW, [(18, 48)]], dtypes=("fp32", "fp16", "bf16"), ahead=True),
-    Case("scores ahead of one block", [[(20, 16)]], ahead=True),
-    Case("scores ahead, and nothing whole", [[(3, 9), (60, 11)]], ahead=True),
-    Case("scores ahead, heads of 24", [WINDOW], head=24, ahead=True),
     Case("all tiles in two pieces", [WINDOW], dtypes=("fp32", "fp16", "bf16"), split=(4, 2)),
     Case("the last tile in three pieces", [WINDOW], dtypes=("fp32", "bf16"), split=(1, 3)),
     Case("tiles of two items in pieces", [WINDOW, [(18, 48)]], split=(5, 2)),
     Case("more pieces than blocks", [WINDOW], split=(3, 8)),
     Case("pieces where nothing is whole", [[(3, 9), (60, 11)]], split=(4, 3)),
     Case("pieces of one key", [[(17, 1)]], split=(4, 4)),
-    Case("pieces, scores ahead", [WINDOW, [(18, 48)]], dtypes=("fp32", "bf16"), ahead=True, split=(7, 3)),
     Case("pieces of heads of 24", [WINDOW], head=24, heads=3, dtypes=("fp32", "bf16"), split=(4, 2)),
     Case("pieces, huge logits", [WINDOW], scale=1e4, dtypes=("fp32", "bf16"), split=(4, 3)),
     Case("pieces of a tile of more queries than there are", [WINDOW], tiles=(64, 16), split=(2, 3)),
@@ -123,11 +117,7 @@ def test_attention(interpreter: Interpreter, case: Case, name: str, record_prope
     scale = case.scale * case.head**-0.5
     queries, keys = case.tiles
     seen = (
-        interpreter.attention(
-            *given, 1, scale, queries=queries, keys=keys, ahead=case.ahead, split=case.split
-        )
-        .double()
-        .numpy()
+        interpreter.attention(*given, 1, scale, queries=queries, keys=keys, split=case.split).double().numpy()
     )
     error = np.abs(seen - softmax_in_float64(given, 1, scale)).max()
     record_property("error", float(error))  # type: ignore[operator]
