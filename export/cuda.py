@@ -50,6 +50,10 @@ COMPILED = ("qkv", "qkv_into", "after_self", "after_cross")
 """Methods of a block that torch.compile takes; their shapes are those of a chunk and of recaches."""
 
 
+Attention = Literal["fastest", "kernel", "cudnn", "flash"]
+"""Over windows of whole frames: this project's op, one of torch's, or what takes the least time by a margin."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What makes the engine fast; all of it unless something is to be measured."""
@@ -60,8 +64,7 @@ class Options:
     joined_gelu: bool = True
     placed_keys: bool = True
     channels_last: bool = True
-    attention: Literal["fastest", "kernel", "cudnn", "flash"] = "fastest"
-    """Over windows of whole frames: this project's op, one of torch's, or what takes the least time here."""
+    attention: Attention = "fastest"
 
     def __post_init__(self) -> None:
         if self.graphs and not self.kernels:

@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from swiftvideo.export.cuda import CudaEngine, Options
+from swiftvideo.export.cuda import Attention, CudaEngine, Options
 from swiftvideo.export.torch_engine import TorchEngine
 from swiftvideo.runtime.geometry import BridgeSettings, PolicySettings, WindowSettings
 from swiftvideo.runtime.positions import time_tables
@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="*", default=[], choices=SWITCHED, help="what the engine does without"
     )
+    parser.add_argument("--attention", default="fastest", choices=get_args(Attention), help="that is used")
     parser.add_argument("--skip-numbers", action="store_true", help="they were right in an earlier run")
     parser.add_argument("--time-anyway", action="store_true", help="even where numbers are wrong")
     given = parser.parse_args(arguments)
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.put("dtype", value=bench.dtype)
     record.put("without", value=given.without)
     limits = record.add("limits", work=measure)
-    options = Options(**dict.fromkeys(given.without, False))
+    options = Options(**dict.fromkeys(given.without, False), attention=given.attention)
     engine = functools.cache(functools.partial(bench.engine, options))
     right = True
     if not given.skip_numbers:

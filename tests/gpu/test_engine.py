@@ -114,6 +114,12 @@ def test_the_engine_does_without_what_fails(program: Any, monkeypatch: pytest.Mo
     }
 
 
+def test_the_attention_can_be_named(program: Any) -> None:
+    """One that is not chosen here has to be right before it can be."""
+    code, figures = program("--attention", "cudnn")
+    assert code == 0 and figures["attention"]["chosen"] == "cudnn"
+
+
 def test_without_limits_there_are_times(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "cpu_limits", lambda threads: 1 / 0)
     code, made = program()
