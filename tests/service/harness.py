@@ -228,11 +228,16 @@ def proxied(port: int) -> Iterator[tuple[str, CuttingProxy, asyncio.AbstractEven
         loop.close()
 
 
-def generate(channel: Any, metadata: Sequence[tuple[str, str]] = (), timeout: float | None = 120) -> Any:
-    """A raw Generate call."""
+def generate(
+    channel: Any,
+    metadata: Sequence[tuple[str, str]] = (),
+    timeout: float | None = 120,
+    requests: Iterator[pb.GenerateRequest] | None = None,
+) -> Any:
+    """A raw Generate call. requests: as channels of threads want them."""
     return channel.stream_stream(
         METHOD + "Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
-    )(metadata=metadata, timeout=timeout)
+    )(requests, metadata=metadata, timeout=timeout)
 
 
 def start(prompt: str = "w1 w2", **fields: Any) -> pb.GenerateRequest:
